@@ -1,0 +1,1 @@
+"""Attention over chunks: partial states, their merge, and the two-phase plan."""

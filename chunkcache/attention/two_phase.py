@@ -1,0 +1,229 @@
+"""Two-phase attention of a decoding step, and attention of a prefill, over chunks.
+
+Phase 1 attends to each run of shared chunks with all rows that share it, in one batched product.
+Phase 2 attends to all private tails, of whatever lengths, in one more. Both leave partial states;
+they are merged in the order of position (see `partial`). After ChunkAttention (Ye et al., 2024,
+arXiv:2402.15220); grouped query heads are folded into rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Blocks
+from typing import NamedTuple
+
+import torch
+
+from chunkcache.attention.partial import (
+    States,
+    finish,
+    fold,
+    padded_rows,
+    partial,
+    weigh,
+)
+from chunkcache.attention.plan import StepPlan
+from chunkcache.attention.workspace import Workspace
+
+_BLOCK_SCORES = 2**20  # scores held at once by a block of prefill: 4 MiB, about a cache's size
+
+
+class Block(NamedTuple):
+    """Chunks that a prefill sees: keys `[n, heads, dim, chunk]`, values `[n, heads, chunk, dim]`."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+def attend_step(
+    query: torch.Tensor,
+    shared: Blocks[Block],
+    tails: Block,
+    plan: StepPlan,
+    scaling: float,
+    space: Workspace,
+) -> torch.Tensor:
+    """One new token of each row against the shared chunks and the tails.
+
+    Args:
+        query: `[rows, query_heads, 1, dim]`.
+        shared: the chunks of `plan.groups`, one block each.
+        tails: all arena chunks in use, the new tokens already in them.
+
+    Returns:
+        `[rows, 1, query_heads, value_dim]` in the query's type.
+    """
+    rows, query_heads, _, dim = query.shape
+    heads = tails.keys.shape[1]
+    folded = query_heads // heads
+    by_head = query.view(rows, heads, folded, dim).transpose(0, 1)  # [heads, rows, folded, dim]
+    maximum = query.new_full((heads, rows, folded), -torch.inf, dtype=torch.float32)
+    parts = []
+    for number, (group, block) in enumerate(zip(plan.groups, shared, strict=True)):
+        index = plan.index(group.rows)
+        states = _shared_states(by_head, index, block, scaling, space, f"g{number}")
+        _raise_to(maximum, index, states.m.amax(0)[:, : len(group.rows) * folded])
+        parts.append((index, states))
+    last = _tail_states(by_head, tails, plan, scaling, space)
+    for ids, index in plan.levels:
+        m = last.m if ids is None else last.m.index_select(0, ids)
+        _raise_to(maximum, index, m[:, :, :folded].transpose(0, 1))
+    value_dim = tails.values.shape[-1]
+    total = maximum.new_zeros((heads, rows, folded, value_dim + 1))
+    for number, (index, states) in enumerate(parts):
+        _fold_shared(total, index, states, maximum, space, f"g{number}")
+    _fold_tails(total, last, maximum, plan, space)
+    out = finish(total).transpose(0, 1).reshape(rows, 1, query_heads, value_dim)
+    return out.to(query.dtype)
+
+
+def _shared_states(
+    by_head: torch.Tensor,
+    index: torch.Tensor | None,
+    block: Block,
+    scaling: float,
+    space: Workspace,
+    name: str,
+) -> States:
+    rows = (by_head if index is None else by_head.index_select(1, index)).flatten(1, 2)
+    return partial(_pad(rows).unsqueeze(0), block.keys, block.values, scaling, space, name)
+
+
+def _tail_states(
+    by_head: torch.Tensor, tails: Block, plan: StepPlan, scaling: float, space: Workspace
+) -> States:
+    own = by_head.index_select(1, plan.owner).transpose(0, 1)  # [chunks, heads, folded, dim]
+    return partial(_pad(own), tails.keys, tails.values, scaling, space, "tail", plan.hidden)
+
+
+def _pad(rows: torch.Tensor) -> torch.Tensor:
+    """`[..., rows, dim]` with as many rows as a product needs; the added ones are zero."""
+    missing = padded_rows(rows.shape[-2]) - rows.shape[-2]
+    return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
+
+
+def _raise_to(maximum: torch.Tensor, index: torch.Tensor | None, m: torch.Tensor) -> None:
+    """maximum[:, index] = max(maximum[:, index], m) for m `[heads, rows, folded]` in any row shape."""
+    if index is None:
+        torch.maximum(maximum, m.reshape(maximum.shape), out=maximum)
+    else:
+        chosen = maximum.index_select(1, index)
+        maximum.index_copy_(1, index, torch.maximum(chosen, m.reshape(chosen.shape)))
+
+
+def _fold_shared(
+    total: torch.Tensor,
+    index: torch.Tensor | None,
+    states: States,
+    maximum: torch.Tensor,
+    space: Workspace,
+    name: str,
+) -> None:
+    rows = (maximum if index is None else maximum.index_select(1, index)).flatten(1, 2)
+    count = rows.shape[1]
+    missing = states.m.shape[2] - count
+    top = torch.nn.functional.pad(rows, (0, missing)) if missing else rows
+    weighted = weigh(states, top, space, name)[:, :, :count]
+    if index is None:
+        own = total.flatten(1, 2)
+        for chunk in weighted:
+            own += chunk
+        return
+    chosen = total.index_select(1, index)
+    own = chosen.flatten(1, 2)
+    for chunk in weighted:
+        own += chunk
+    total.index_copy_(1, index, chosen)
+
+
+def _fold_tails(
+    total: torch.Tensor, states: States, maximum: torch.Tensor, plan: StepPlan, space: Workspace
+) -> None:
+    folded = maximum.shape[2]
+    top = maximum.index_select(1, plan.owner).transpose(0, 1)  # [chunks, heads, folded]
+    missing = states.m.shape[2] - folded
+    top = torch.nn.functional.pad(top, (0, missing)) if missing else top
+    weighted = weigh(states, top, space, "tail")[:, :, :folded].transpose(0, 1)
+    for ids, index in plan.levels:
+        level = weighted if ids is None else weighted.index_select(1, ids)
+        if index is None:
+            total += level
+        else:
+            total.index_copy_(1, index, total.index_select(1, index) + level)
+
+
+def attend_prefill(
+    query: torch.Tensor,
+    shared: Blocks[Block],
+    tail: Block,
+    start: int,
+    tail_start: int,
+    scaling: float,
+    space: Workspace,
+) -> torch.Tensor:
+    """The new tokens of one sequence against its shared chunks, its tail and each other (causal).
+
+    Args:
+        query: `[1, query_heads, tokens, dim]`, for positions `start`, `start + 1`, ...
+        shared: blocks of whole chunks for positions 0 .. `tail_start`, in order.
+        tail: chunks from position `tail_start` on, the new tokens already in them.
+
+    Returns:
+        `[1, tokens, query_heads, value_dim]` in the query's type.
+
+    Queries are taken in blocks, so memory stays at a few MiB; by row invariance the block size does
+    not show in the result.
+    """
+    _, query_heads, tokens, dim = query.shape
+    heads, chunk = tail.keys.shape[1], tail.keys.shape[-1]
+    folded = query_heads // heads
+    rows = query.view(heads, folded, tokens, dim).transpose(1, 2)  # [heads, tokens, folded, dim]
+    out = query.new_empty((tokens, query_heads, tail.values.shape[-1]))
+    keys = start + tokens
+    size = max(16, min(chunk, _BLOCK_SCORES // (query_heads * keys) // 16 * 16))
+    at = 0
+    while at < tokens:
+        first = start + at
+        end = min(tokens, at + size - first % size)
+        seen = -(-(start + end - tail_start) // chunk)
+        blocks = [*shared, Block(tail.keys[:seen], tail.values[:seen])]
+        hidden = _causal(first, end - at, tail_start, seen, chunk, folded, query.device)
+        total = _attend_rows(rows[:, at:end].flatten(1, 2), blocks, hidden, scaling, space)
+        part = finish(total).view(heads, end - at, folded, -1).transpose(0, 1)
+        out[at:end] = part.flatten(1, 2)
+        at = end
+    return out.unsqueeze(0)
+
+
+def _causal(
+    first: int, tokens: int, tail_start: int, seen: int, chunk: int, folded: int, device: torch.device
+) -> torch.Tensor:
+    """True where a key lies behind its query, for the last chunks seen: `[h, 1, rows, chunk]`."""
+    masked = seen - (first - tail_start) // chunk  # chunks that reach beyond the first query
+    position = torch.arange(first, first + tokens, device=device).repeat_interleave(folded)
+    missing = padded_rows(len(position)) - len(position)
+    if missing:
+        position = torch.nn.functional.pad(position, (0, missing), value=first + tokens - 1)
+    key = tail_start + torch.arange((seen - masked) * chunk, seen * chunk, device=device)
+    return key.view(masked, 1, 1, chunk) > position.view(1, 1, -1, 1)
+
+
+def _attend_rows(
+    rows: torch.Tensor,
+    blocks: list[Block],
+    hidden: torch.Tensor,
+    scaling: float,
+    space: Workspace,
+) -> torch.Tensor:
+    """Rows `[heads, rows, dim]` against all blocks; the mask is the last block's."""
+    count = rows.shape[1]
+    query = _pad(rows).unsqueeze(0)
+    parts = []
+    for number, block in enumerate(blocks):
+        mask = hidden if number == len(blocks) - 1 else None
+        name = f"b{number}"
+        parts.append(partial(query, block.keys, block.values, scaling, space, name, mask))
+    maximum = torch.stack([states.m.amax(0) for states in parts]).amax(0)
+    total = maximum.new_zeros((*maximum.shape, blocks[0].values.shape[-1] + 1))
+    for number, states in enumerate(parts):
+        fold(total, states, maximum, space, f"b{number}")
+    return total[:, :count]

@@ -1,0 +1,92 @@
+"""The settings, all of them: one frozen dataclass, checked when it is made."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from chunkcache.errors import ConfigError
+
+_UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_bytes(text: str | int) -> int:
+    """A number of bytes from `"512MiB"`, `"2GB"`, `"1.5g"` or an int.
+
+    >>> parse_bytes("512MiB"), parse_bytes("2GB"), parse_bytes(7)
+    (536870912, 2000000000, 7)
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    if isinstance(text, int) and not isinstance(text, bool):
+        return text
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?\s*", str(text).lower())
+    if not found or found[2] not in _UNITS:
+        raise ConfigError(f"{text!r} is not a number of bytes; write for example 512MiB or 2GB")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a wrapped model stores and reuses KV.
+
+    Attributes:
+        mode: "exact" (turning the cache on never changes an answer, bit for bit) or "fast".
+        chunk_size: tokens per chunk; also the segment of exact attention. A prefix shorter than
+            this is never stored.
+        device_bytes: budget of stored chunks on the model's device, as a number or "2GiB". The
+            growing tails of running requests are counted in the statistics, not here.
+        policy: which chunks leave first: "lru" or "lfu".
+        tenant: prompts are shared only inside one tenant; part of the namespace.
+        two_phase: let sequences that share chunks attend to them in one product.
+        two_phase_rows: the fewest sequences for which that product is formed.
+        two_phase_tokens: the fewest shared tokens for which it is formed.
+        prefill_step: most tokens of one prefill forward.
+        border: where prefill is cut if row invariance does not hold (the fallback of exact mode).
+        exactness: "auto" probes for row invariance; "borders" forces the fallback.
+        keep_answers: store the KV of generated tokens too, so that the next turn finds them.
+        stores: colder tiers, such as "disk:DIR"; none is available in this version.
+    """
+
+    mode: Literal["exact", "fast"] = "exact"
+    chunk_size: int = 64
+    device_bytes: int | str = 2 * 2**30
+    policy: str = "lru"
+    tenant: str = ""
+    two_phase: bool = True
+    two_phase_rows: int = 2
+    two_phase_tokens: int = 64
+    prefill_step: int = 1024
+    border: int = 512
+    exactness: Literal["auto", "borders"] = "auto"
+    keep_answers: bool = True
+    stores: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("exact", "fast"):
+            raise ConfigError(f"mode is {self.mode!r}; it can be 'exact' or 'fast'")
+        if self.exactness not in ("auto", "borders"):
+            raise ConfigError(f"exactness is {self.exactness!r}; it can be 'auto' or 'borders'")
+        if self.policy not in ("lru", "lfu"):
+            raise ConfigError(f"policy is {self.policy!r}; it can be 'lru' or 'lfu'")
+        for name in ("chunk_size", "two_phase_rows", "two_phase_tokens", "prefill_step", "border"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number above 0")
+        if self.chunk_size > 1024:
+            raise ConfigError(f"chunk_size is {self.chunk_size}; at most 1024 tokens make a chunk")
+        if self.border % self.chunk_size:
+            raise ConfigError(
+                f"border ({self.border}) must be a multiple of chunk_size ({self.chunk_size})"
+            )
+        if self.stores:
+            raise ConfigError("stores: this version keeps chunks on the device only; leave it empty")
+        object.__setattr__(self, "device_bytes", parse_bytes(self.device_bytes))
+
+    @property
+    def budget(self) -> int:
+        """`device_bytes` as a number."""
+        return parse_bytes(self.device_bytes)

@@ -1,0 +1,92 @@
+"""Every error that chunkcache raises on purpose.
+
+ChunkcacheError
+├── ConfigError                 a setting that cannot work (also a ValueError)
+├── UnsupportedModelError       nothing could be proved for this model; `.reason` says why
+├── UnsupportedRequestError     an argument of generate() that reuse cannot be combined with (ValueError)
+├── PromptError                 a prompt that cannot be run (ValueError)
+│   ├── InvalidTokensError      ids that are no token ids, or outside the vocabulary
+│   ├── EmptyPromptError        no token at all
+│   ├── PromptTooLongError      beyond the positions the model has
+│   └── AttentionMaskError      right padding, holes, or a mask of another shape
+├── ModelStateError             the model is not what was wrapped (RuntimeError)
+│   ├── TrainingModeError       model.train() is on
+│   ├── ModelChangedError       moved, re-typed or restructured since it was wrapped
+│   ├── AlreadyWrappedError     wrap() of what is wrapped already
+│   └── ClosedError             used after close()
+├── NotExactError               exact mode was required and could not be proved
+└── PoolExhaustedError          no room, and nothing may be evicted (MemoryError)
+"""
+
+
+class ChunkcacheError(Exception):
+    """Base of all errors raised by chunkcache."""
+
+
+class ConfigError(ChunkcacheError, ValueError):
+    """A setting that cannot work; the message names the setting and what would work."""
+
+
+class UnsupportedModelError(ChunkcacheError):
+    """No way to reuse KV was proved for a model.
+
+    Attributes:
+        reason: what was seen, in one sentence.
+    """
+
+    def __init__(self, model_type: str, reason: str):
+        super().__init__(f"{model_type}: {reason}")
+        self.model_type = model_type
+        self.reason = reason
+
+
+class UnsupportedRequestError(ChunkcacheError, ValueError):
+    """An argument of generate() that prefix reuse cannot be combined with."""
+
+
+class PromptError(ChunkcacheError, ValueError):
+    """A prompt that cannot be run; nothing was computed or stored."""
+
+
+class InvalidTokensError(PromptError):
+    """Token ids that are negative, not integers, or outside the vocabulary."""
+
+
+class EmptyPromptError(PromptError):
+    """A prompt (or a row of a batch) without a single token."""
+
+
+class PromptTooLongError(PromptError):
+    """A prompt longer than the positions the model was built for."""
+
+
+class AttentionMaskError(PromptError):
+    """A mask that is not 2-D zeros-then-ones: right padding and holes cannot be prefixes."""
+
+
+class ModelStateError(ChunkcacheError, RuntimeError):
+    """The model is not in the state in which it was wrapped."""
+
+
+class TrainingModeError(ModelStateError):
+    """Dropout makes KV random: call model.eval() first."""
+
+
+class ModelChangedError(ModelStateError):
+    """The model was moved, re-typed or restructured after wrapping: wrap it again."""
+
+
+class AlreadyWrappedError(ModelStateError):
+    """wrap() was given something that is already wrapped."""
+
+
+class ClosedError(ModelStateError):
+    """The wrapper was closed."""
+
+
+class NotExactError(ChunkcacheError):
+    """Exact mode could not be established; mode="fast" would run."""
+
+
+class PoolExhaustedError(ChunkcacheError, MemoryError):
+    """The byte budget is spent on leased or pinned chunks, so nothing can be evicted."""

@@ -1,0 +1,388 @@
+"""wrap(): a model whose generate() reuses every prefix it has seen."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from chunkcache.attention.batch import Batch
+from chunkcache.config import Config
+from chunkcache.errors import (
+    AlreadyWrappedError,
+    ClosedError,
+    PromptError,
+    TrainingModeError,
+)
+from chunkcache.hf import arguments
+from chunkcache.hf.cache import ChunkCache
+from chunkcache.hf.fingerprint import Watch, digest_weights, namespace
+from chunkcache.hf.forward import ForwardHooks
+from chunkcache.hf.prefill import Prefiller, Row
+from chunkcache.hf.probe import Proof, check_model, exactness, position_limit, probe
+from chunkcache.hf.twin import make_twin
+from chunkcache.kv.store import PrefixStore
+from chunkcache.lab.records import Reuse, Stats, TreeRow
+
+
+def wrap(
+    model: PreTrainedModel, tokenizer: Any = None, config: Config | None = None
+) -> CachedModel:
+    """Wraps a model; the model itself is left as it is.
+
+    Runs the parity probe (a few short forwards) and a digest of the weights.
+
+    Raises:
+        UnsupportedModelError: nothing could be proved; the reason says why.
+        TrainingModeError: the model is in training mode.
+        AlreadyWrappedError: `model` is a CachedModel.
+        ConfigError: the byte budget is smaller than one chunk.
+    """
+    return CachedModel(model, tokenizer, config or Config())
+
+
+class CachedModel:
+    """A model with a prefix cache; also a context manager that closes it.
+
+    Everything not defined here is the wrapped model's own, so it can stand in for it in
+    `transformers.pipeline`. Thread-safe: threads generate side by side, and a prefix that several
+    need at once is computed once.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, settings: Config):
+        if isinstance(model, CachedModel):
+            raise AlreadyWrappedError("this model is wrapped already; close() it first")
+        check_model(model)
+        _check_eval(model)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self._twin = make_twin(model)
+        self.proof: Proof = probe(
+            model, self._twin, settings.chunk_size, rows=settings.exactness == "auto"
+        )
+        exact_rows = settings.mode == "exact" and self.proof.rows > 0
+        ForwardHooks(self._twin, self.proof.rows if exact_rows else 1).install(self._twin)
+        self.store = PrefixStore(self.proof.layout, settings.budget, settings.policy)
+        borders = settings.mode == "exact" and not self.proof.rows
+        self._prefiller = Prefiller(self._twin, self.store, settings, borders)
+        self._limit = position_limit(model)
+        self._lock = threading.RLock()
+        self._local = threading.local()
+        self._last: list[Reuse] = []
+        self._running: dict[int, list[Batch]] = {}
+        self._sums: Counter[str] = Counter()
+        self._misses: Counter[str] = Counter()
+        self._named: dict[str, Counter[str]] = {}
+        self._closed = False
+        self._fingerprint()
+
+    # -- the namespace
+
+    def _fingerprint(self) -> None:
+        self._weights = digest_weights(self.model)
+        self._watch = Watch(self.model, self._twin)
+
+    def _namespace(self) -> bytes:
+        """Where chunks of the model as it is now belong; forgets those of changed weights."""
+        with self._lock:
+            if self._watch.changed():
+                stale = self._name()
+                self._fingerprint()
+                self.store.drop(stale)
+            return self._name()
+
+    def _name(self) -> bytes:
+        arithmetic = {
+            "chunk_size": self.settings.chunk_size,
+            "mode": self.settings.mode,
+            "rows": self.proof.rows,
+            "border": self.settings.border if self._prefiller.borders else 0,
+        }
+        return namespace(self._twin, self._weights, arithmetic, self.settings.tenant)
+
+    # -- generate
+
+    def generate(self, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        """transformers' generate, with the prompt's known prefix taken from the cache.
+
+        Takes and returns what `model.generate` does, but for a few arguments that are refused with
+        the reason. Afterwards `last_reuse` tells what was reused.
+
+        Raises:
+            PromptError: a prompt that cannot be run.
+            UnsupportedRequestError: an argument that reuse cannot be combined with.
+            TrainingModeError, ModelChangedError, ClosedError
+        """
+        self._check_usable()
+        own = kwargs.pop("input_ids", None)
+        configs = (generation_config, self.model.generation_config)
+        arguments.refuse(kwargs, *configs)
+        prompts = arguments.read_prompts(
+            inputs if own is None else own,
+            kwargs.pop("attention_mask", None),
+            self.model,
+            self._limit,
+            arguments.assumed_pad(kwargs, *configs),
+        )
+        copies = _copies(kwargs, *configs)
+        self._twin.generation_config = self.model.generation_config
+        input_ids = inputs if own is None else own
+        with self._open(prompts.rows) as rows:
+            cache = self._prepare(rows, prompts.pads, copies)
+            self._note(rows)
+            result = self._run(rows, cache, input_ids, prompts.mask, generation_config, kwargs)
+        return result
+
+    def _run(
+        self,
+        rows: list[Row],
+        cache: ChunkCache,
+        input_ids: torch.Tensor,
+        mask: torch.Tensor,
+        generation_config: GenerationConfig | None,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        key = id(cache)
+        before = sum(sequence.length for sequence in cache.batch.sequences)
+        with self._lock:
+            self._running[key] = [cache.batch]
+        try:
+            result = self._twin.generate(
+                input_ids,
+                generation_config=generation_config,
+                attention_mask=mask,
+                past_key_values=cache,
+                **kwargs,
+            )
+            if getattr(result, "past_key_values", None) is not None:
+                result.past_key_values = None  # its chunks may be evicted from now on
+            self._keep_answers(rows, cache)
+            return result
+        finally:
+            after = sum(sequence.length for sequence in cache.batch.sequences)
+            with self._lock:
+                del self._running[key]
+                self._sums["generated"] += max(0, after - before)
+
+    @contextmanager
+    def _open(self, prompts: list[list[int]]) -> Iterator[list[Row]]:
+        """The rows of a request, filled as far as the request's shape allows; given back at the end."""
+        space = self._namespace()
+        rows: list[Row] = []
+        try:
+            for tokens in prompts:
+                row = self._prefiller.open(space, tokens)
+                rows.append(row)
+                if len(prompts) > 1:
+                    self._fill(row, len(tokens) - 1)
+            yield rows
+        finally:
+            for row in rows:
+                self._prefiller.close(row)
+
+    def _fill(self, row: Row, until: int) -> None:
+        self._prefiller.prefill(row, until)
+        self._prefiller.publish(row)
+
+    def _prepare(self, rows: list[Row], pads: list[int], copies: int) -> ChunkCache:
+        """The cache to hand to generate(): all of each prompt but what its first forward computes.
+
+        A single row leaves its last prefill step to that forward, so a prompt costs no extra step;
+        several rows leave one token each, which is the same for all.
+        """
+        if len(rows) == 1 and copies == 1:
+            row = rows[0]
+            start = self._prefiller.last_step(row)
+            if start > row.length:
+                self._prefiller.prefill(row, start)
+            if start == len(row.tokens) - 1:
+                self._prefiller.publish(row)
+            return ChunkCache(row.batch, pads, lambda: self._after_prefill(row))
+        if len(rows) == 1:
+            self._fill(rows[0], len(rows[0].tokens) - 1)
+        order = [number for number in range(len(rows)) for _ in range(copies)]
+        batch = Batch.join([row.batch for row in rows]) if len(rows) > 1 else rows[0].batch
+        if copies > 1:
+            batch = batch.select(order)
+        return ChunkCache(batch, [pads[number] for number in order])
+
+    def _after_prefill(self, row: Row) -> None:
+        self._prefiller.publish(row)
+
+    def _keep_answers(self, rows: list[Row], cache: ChunkCache) -> None:
+        """Stores what was generated, so that a next turn finds it."""
+        if self._prefiller.borders or not self.settings.keep_answers:
+            return
+        for number, sequence in enumerate(cache.batch.sequences):
+            self._prefiller.store_tokens(rows[0].namespace, cache.batch, number, sequence.tokens)
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise ClosedError("this wrapper was closed; wrap the model again")
+        _check_eval(self.model)
+
+    # -- records
+
+    def _note(self, rows: list[Row]) -> None:
+        reuse = [row.reuse for row in rows]
+        self._local.last = reuse
+        with self._lock:
+            self._last = reuse
+            for row in rows:
+                self._sums["requests"] += 1
+                self._sums["prompt"] += row.reuse.prompt_tokens
+                self._sums["cached"] += row.reuse.cached_tokens
+                self._misses[row.reuse.reason] += row.reuse.computed_tokens
+                for name in row.names:
+                    counts = self._named.setdefault(name, Counter())
+                    counts["requests"] += 1
+                    counts["cached_tokens"] += row.reuse.cached_tokens
+
+    @property
+    def last_reuse(self) -> list[Reuse]:
+        """A record per prompt of this thread's last generate(), else of anybody's last."""
+        return list(getattr(self._local, "last", self._last))
+
+    def stats(self) -> Stats:
+        """Sums since wrap() and what is stored now."""
+        trees, store = self.store.trees(), self.store
+        with self._lock:
+            tails = [batch.arena.bytes for batches in self._running.values() for batch in batches]
+            return Stats(
+                model=str(self.model.config.model_type),
+                mode=self.settings.mode,
+                exactness=exactness(self.proof, self.settings.mode),
+                tier="A",
+                chunk_size=self.settings.chunk_size,
+                token_bytes=store.layout.token_bytes,
+                requests=self._sums["requests"],
+                prompt_tokens=self._sums["prompt"],
+                cached_tokens=self._sums["cached"],
+                generated_tokens=self._sums["generated"],
+                miss_tokens=dict(self._misses),
+                named={name: dict(counts) for name, counts in self._named.items()},
+                nodes=sum(tree.nodes for tree in trees),
+                chunks=store.pool.used,
+                bytes=store.pool.used_bytes,
+                capacity_bytes=store.pool.capacity * store.layout.chunk_bytes,
+                leased_chunks=sum(tree.leased_chunks for tree in trees),
+                pinned_chunks=sum(tree.pinned_chunks for tree in trees),
+                evictable_chunks=sum(tree.evictable_chunks for tree in trees),
+                tail_bytes=sum(tails),
+                stored_chunks=store.flow.stored,
+                evicted_chunks=store.flow.evicted,
+                refused_chunks=store.flow.refused,
+                phase_one=self._prefiller.decisions.grouped,
+                phase_one_refused=self._prefiller.decisions.refused,
+            )
+
+    def tree_rows(self) -> list[TreeRow]:
+        """The stored prefixes, depth first."""
+        return [row for tree in self.store.trees() for row in self._rows_of(tree)]
+
+    def _rows_of(self, tree: Any) -> Iterator[TreeRow]:
+        now = time.monotonic()
+        depths: dict[int, int] = {}
+        for node in tree.walk():
+            depth = depths[id(node)] = depths.get(id(node.parent), -1) + 1
+            yield TreeRow(
+                depth,
+                node.start,
+                node.token_count,
+                node.token_count * self.store.layout.token_bytes,
+                node.hits,
+                now - node.last_used,
+                bool(node.pinned),
+                node.leases,
+                node.names,
+                "device",
+                self._snippet(node.tokens[:32].tolist()),
+            )
+
+    def _snippet(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids)) if self.tokenizer is not None else ""
+
+    # -- looking after the cache
+
+    def preload(
+        self, prompt: Any, name: str | None = None, pin: bool = True, ttl: float | None = None
+    ) -> int:
+        """Computes and stores a prompt ahead of time.
+
+        Args:
+            prompt: text, token ids, or chat messages (these two need a tokenizer, except ids).
+            name: shown in reports; pin: keep it under memory pressure; ttl: seconds to keep it.
+
+        Returns:
+            Tokens stored: whole chunks only.
+
+        Raises:
+            PromptError: shorter than a chunk, or not a prompt.
+        """
+        self._check_usable()
+        ids = self._ids(prompt)
+        arguments.read_prompts(torch.tensor([ids]), None, self.model, self._limit, None)
+        row = self._prefiller.open(self._namespace(), ids, len(ids))
+        try:
+            self._prefiller.prefill(row, len(ids))
+            stored = self._prefiller.publish(row, name=name, pin=pin, ttl=ttl)
+        finally:
+            self._prefiller.close(row)
+        if not stored:
+            least = self.settings.border if self._prefiller.borders else self.settings.chunk_size
+            raise PromptError(f"{len(ids)} tokens were given; {least} are the least that is stored")
+        return stored
+
+    def _ids(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, torch.Tensor):
+            return [int(token) for token in prompt.flatten().tolist()]
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
+            return list(prompt)
+        if self.tokenizer is None:
+            raise PromptError("text and messages need a tokenizer: wrap(model, tokenizer)")
+        if isinstance(prompt, str):
+            return list(self.tokenizer(prompt)["input_ids"])
+        return list(self.tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=False))
+
+    def flush(self) -> int:
+        """Drops everything that no running request holds, pinned or not; returns the chunks freed."""
+        return sum(tree.clear() for tree in self.store.trees())
+
+    def close(self) -> None:
+        """Drops the cache; generate() raises ClosedError from now on. The model is as it was."""
+        self._closed = True
+        self.flush()
+
+    def __enter__(self) -> CachedModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "model":
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A plain forward of the wrapped model, without the cache."""
+        return self.model(*args, **kwargs)
+
+
+def _check_eval(model: PreTrainedModel) -> None:
+    if model.training:
+        raise TrainingModeError("the model is in training mode (dropout); call model.eval() first")
+
+
+def _copies(kwargs: dict[str, Any], *configs: GenerationConfig | None) -> int:
+    """Rows that generate() makes of one prompt."""
+    beams = arguments.setting("num_beams", kwargs, *configs) or 1
+    returned = arguments.setting("num_return_sequences", kwargs, *configs) or 1
+    return int(beams) if beams > 1 else int(returned)

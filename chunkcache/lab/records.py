@@ -1,0 +1,169 @@
+"""The records that requests leave behind, and their sums."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """What one prompt found in the cache.
+
+    Attributes:
+        prompt_tokens: length of the prompt, without padding.
+        cached_tokens: tokens whose KV was reused instead of computed.
+        tiers: cached tokens by where they lay; the values sum up to `cached_tokens`.
+        divergence: index of the first token that was not reused; None if all that may be reused
+            was (the last token is always computed, since its logits are needed).
+        reason: why reuse ended there, in words.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    tiers: dict[str, int]
+    divergence: int | None
+    reason: str
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that had to be prefilled."""
+        return self.prompt_tokens - self.cached_tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Sums since wrap(); token-weighted unless a name says otherwise.
+
+    Attributes:
+        requests: prompts run (rows of a batch count singly).
+        prompt_tokens, cached_tokens: over all prompts.
+        generated_tokens: tokens decoded.
+        miss_tokens: tokens computed, by the reason of the miss.
+        named: per preloaded prompt: requests that used it and tokens they reused.
+        chunks, bytes: stored now; capacity_bytes: the budget.
+        unleased, leased, pinned chunks: see `free + leased + evictable == total` in docs.
+        tail_bytes: private KV of the requests running now.
+        evicted_chunks, stored_chunks, refused_chunks: stored_chunks were new, refused_chunks found
+            no room although everything evictable had left.
+        phase_one, phase_one_refused: shared runs attended to by several rows in one product, and
+            those the gate left to single rows.
+        exactness: "bit-exact rows", "bit-exact at borders" or "within tolerance".
+    """
+
+    model: str
+    mode: str
+    exactness: str
+    tier: str
+    chunk_size: int
+    token_bytes: int
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    miss_tokens: dict[str, int]
+    named: dict[str, dict[str, int]]
+    nodes: int
+    chunks: int
+    bytes: int
+    capacity_bytes: int
+    leased_chunks: int
+    pinned_chunks: int
+    evictable_chunks: int
+    tail_bytes: int
+    stored_chunks: int
+    evicted_chunks: int
+    refused_chunks: int
+    phase_one: int
+    phase_one_refused: int
+
+    @property
+    def hit_rate(self) -> float:
+        """Cached prompt tokens / prompt tokens; 0 before the first prompt."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and the hit rate, for JSON."""
+        return asdict(self) | {"hit_rate": self.hit_rate}
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(key.replace('_', ' '))}</th>"
+            f"<td>{html.escape(_plain(value))}</td></tr>"
+            for key, value in self.to_dict().items()
+        )
+        return f"<table>{rows}</table>"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_plain(item)}" for key, item in value.items()) or "none"
+    return str(value)
+
+
+@dataclass(frozen=True)
+class TreeRow:
+    """One node of the prefix tree, as shown to people; rows come depth first.
+
+    Attributes:
+        depth: 0 for prefixes that begin a prompt.
+        start, tokens: position of the first token, and how many the node holds.
+        hits: prompts that reused the node; idle: seconds since the last use.
+        text: the beginning of the node, decoded; empty without a tokenizer.
+    """
+
+    depth: int
+    start: int
+    tokens: int
+    bytes: int
+    hits: int
+    idle: float
+    pinned: bool
+    leases: int
+    names: tuple[str, ...]
+    tier: str
+    text: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What the probe proved for a model.
+
+    Attributes:
+        tier: "A" (two-phase, chunks per token) or "F" (refused).
+        bit_exact: "rows" (any cut, any batch), "borders" (hit equals cold) or "no".
+        max_logit_error: largest difference to the model's own forward; NaN if refused early.
+        rows: multiple that the rows of a forward are padded to; 0 where that does not help.
+        reason: why not better, or "proved".
+    """
+
+    model_type: str
+    tier: str
+    bit_exact: str
+    max_logit_error: float
+    reason: str
+    rows: int = 0
+    dtype: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def supported(self) -> bool:
+        """Whether wrap() accepts the model."""
+        return self.tier != "F"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, for JSON."""
+        return asdict(self)
