@@ -299,7 +299,7 @@ class CachedModel:
                 node.token_count * self.store.layout.token_bytes,
                 node.hits,
                 now - node.last_used,
-                bool(node.pinned),
+                node.pins > 0,
                 node.leases,
                 node.names,
                 "device",

@@ -1,0 +1,30 @@
+"""The prefix tree: keys, nodes, leases, eviction policies. Imports no torch."""
+
+from chunkcache.errors import InvalidTokensError
+from chunkcache.tree.keys import TOKEN_BYTES, common_prefix, pack, unpack
+from chunkcache.tree.lease import Lease, ReleasedLeaseError
+from chunkcache.tree.node import Inserted, Match, Miss, Node, Piece, Run, RunLengthError
+from chunkcache.tree.policies import LFU, LRU, Policy, Priority
+from chunkcache.tree.prefix_tree import PrefixTree
+
+__all__ = [
+    "LFU",
+    "LRU",
+    "TOKEN_BYTES",
+    "Inserted",
+    "InvalidTokensError",
+    "Lease",
+    "Match",
+    "Miss",
+    "Node",
+    "Piece",
+    "Policy",
+    "PrefixTree",
+    "Priority",
+    "ReleasedLeaseError",
+    "Run",
+    "RunLengthError",
+    "common_prefix",
+    "pack",
+    "unpack",
+]

@@ -1,0 +1,1 @@
+"""Tests of chunkcache.tree; a package so that its helpers are imported relatively."""
