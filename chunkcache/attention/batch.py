@@ -9,7 +9,15 @@ from collections.abc import Sequence as Rows
 
 import torch
 
-from chunkcache.attention.plan import Decisions, Gate, Group, StepPlan, group_rows, plan_step
+from chunkcache.attention.plan import (
+    Decisions,
+    Gate,
+    Group,
+    PrefillPlan,
+    StepPlan,
+    group_rows,
+    plan_step,
+)
 from chunkcache.attention.two_phase import Block, attend_prefill, attend_step
 from chunkcache.attention.workspace import Workspace
 from chunkcache.kv.arena import Arena
@@ -41,7 +49,7 @@ class Batch:
         self.decisions = decisions or Decisions()
         self.attended = 0
         self._groups: list[Group] | None = None
-        self._plan: StepPlan | None = None
+        self._plan: StepPlan | PrefillPlan | None = None
         self._ids: list[list[int]] = []
 
     @property
@@ -67,14 +75,13 @@ class Batch:
             if missing:
                 sequence.tail += self.arena.extend(missing)
         self._ids = ids
-        self._plan = None
-        if len(ids[0]) == 1:
+        size = self.layout.chunk_size
+        if self.rows == 1:
+            one = self.sequences[0]
+            self._plan = PrefillPlan(one.length, len(ids[0]), one.shared_tokens, size)
+        else:
             self._plan = plan_step(
-                self.sequences,
-                self.groups(),
-                self.arena.used,
-                self.layout.chunk_size,
-                self.layout.device,
+                self.sequences, self.groups(), self.arena.used, size, self.layout.device
             )
 
     def groups(self) -> list[Group]:
@@ -87,8 +94,8 @@ class Batch:
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Stores the new KV of one layer: keys `[rows, heads, tokens, dim]`, values alike."""
-        if self._plan is not None:
-            plan = self._plan
+        plan = self._plan
+        if isinstance(plan, StepPlan):
             self.arena.append_step(layer, plan.chunk, plan.offset, keys[:, :, 0], values[:, :, 0])
             return
         sequence = self.sequences[0]
@@ -99,16 +106,13 @@ class Batch:
     def attend(self, layer: int, query: torch.Tensor, scaling: float) -> torch.Tensor:
         """Attention of the new tokens: `[rows, query_heads, tokens, dim]` in, `[rows, tokens, query_heads, dim]` out."""
         self.attended += 1
-        if self._plan is not None:
-            plan = self._plan
+        plan, tails = self._plan, Block(*self.arena.layer(layer))
+        if isinstance(plan, StepPlan):
             shared = [Block(*group.run.layer(layer)) for group in plan.groups]
-            tails = Block(*self.arena.layer(layer))
             return attend_step(query, shared, tails, plan, scaling, self.space)
-        sequence = self.sequences[0]
-        shared = [Block(*run.layer(layer)) for run in sequence.shared]
-        tail = Block(*self.arena.layer(layer))
-        start, tail_start = sequence.length, sequence.shared_tokens
-        return attend_prefill(query, shared, tail, start, tail_start, scaling, self.space)
+        assert plan is not None, "attend() outside of begin() and end()"
+        shared = [Block(*run.layer(layer)) for run in self.sequences[0].shared]
+        return attend_prefill(query, shared, tails, plan, scaling, self.space)
 
     def end(self) -> None:
         """The forward is complete: its tokens are part of the sequences."""

@@ -27,6 +27,7 @@ from chunkcache.attention.workspace import Workspace
 
 LOG2E = math.log2(math.e)
 ROW_MULTIPLE = 4  # batched products give a row the same bits from four rows up
+_BLOCK = 2**18  # scores worked on at a time: 1 MiB, a core's second-level cache
 _LOWEST = -1e30  # in place of -inf, so that a chunk without a visible key gives 0 and not NaN
 
 
@@ -64,7 +65,7 @@ def partial(
             if all chunks meet the same rows.
         keys: `[n, heads, dim, chunk]`; values: `[n, heads, chunk, value_dim]`.
         scaling: of the scores, as transformers passes it.
-        space: scratch memory; the states live in it until `name` is used again.
+        space: scratch memory; the states live in it, under `name`, until it is used again.
         hidden: True where a key must not be seen, broadcast to `[h, heads, rows, chunk]` for the
             last h chunks.
 
@@ -73,63 +74,101 @@ def partial(
 
     Products run in the type of the keys; scores, sums and the merge in float32.
     """
-    n, heads, dim, chunk = keys.shape
+    n, heads, _, chunk = keys.shape
     rows = query.shape[2]
-    many, _ = space.get(name + ".q", (n, heads, rows, dim), keys.dtype)
-    scores, flat = space.get(name + ".s", (n, heads, rows, chunk))
-    if keys.dtype == torch.float32:
-        many.copy_(query * (scaling * LOG2E))
-        _product(many, keys, scores)
-    else:
-        many.copy_(query)
-        raw, _ = space.get(name + ".r", (n, heads, rows, chunk), keys.dtype)
-        _product(many, keys, raw)
-        scores.copy_(raw).mul_(scaling * LOG2E)
-    if hidden is not None:
-        scores[n - hidden.shape[0] :].masked_fill_(hidden, -math.inf)
-    m = scores.amax(-1).clamp_min_(_LOWEST)
-    scores.sub_(m.unsqueeze(-1))
-    flat.exp2_()
-    l = scores.sum(-1)  # noqa: E741
-    weights = scores
-    if keys.dtype != torch.float32:
-        weights, _ = space.get(name + ".r", (n, heads, rows, chunk), keys.dtype)
-        weights.copy_(scores)
     o, _ = space.get(name + ".o", (n, heads, rows, values.shape[-1]), keys.dtype)
-    _product(weights, values, o)
+    m, _ = space.get(name + ".m", (n, heads, rows))
+    l, _ = space.get(name + ".l", (n, heads, rows))
+    if keys.dtype == torch.float32:
+        query, scaling = query * (scaling * LOG2E), 1.0
+    size = max(1, _BLOCK // (heads * rows * chunk))
+    seen = n - (0 if hidden is None else hidden.shape[0])
+    for begin in range(0, n, size):
+        end = min(n, begin + size)
+        block = slice(begin, end)
+        scores = _scores(query if len(query) == 1 else query[block], keys[block], scaling, space)
+        if hidden is not None and end > seen:
+            first = max(begin, seen)
+            scores[0][first - begin :].masked_fill_(hidden[first - seen : end - seen], -math.inf)
+        _reduce(scores, values[block], o[block], m[block], l[block], space)
     return States(o, m, l)
 
 
+def _scores(
+    query: torch.Tensor, keys: torch.Tensor, scaling: float, space: Workspace
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores of a block in float32 and log2, and the padded buffer under them."""
+    n, heads, dim, chunk = keys.shape
+    rows = query.shape[2]
+    if len(query) != n or not query.is_contiguous():
+        many, _ = space.get("query", (n, heads, rows, dim), keys.dtype)
+        query = many.copy_(query)
+    scores, flat = space.get("scores", (n, heads, rows, chunk))
+    if keys.dtype == torch.float32:
+        _product(query, keys, scores)
+    else:
+        raw, _ = space.get("raw", (n, heads, rows, chunk), keys.dtype)
+        _product(query, keys, raw)
+        scores.copy_(raw).mul_(scaling * LOG2E)
+    return scores, flat
+
+
+def _reduce(
+    scores: tuple[torch.Tensor, torch.Tensor],
+    values: torch.Tensor,
+    o: torch.Tensor,
+    m: torch.Tensor,
+    l: torch.Tensor,  # noqa: E741
+    space: Workspace,
+) -> None:
+    """Fills o, m and l of a block; the scores are overwritten."""
+    weights, flat = scores
+    torch.amax(weights, -1, out=m)
+    m.clamp_min_(_LOWEST)
+    weights.sub_(m.unsqueeze(-1))
+    flat.exp2_()
+    torch.sum(weights, -1, out=l)
+    if values.dtype != torch.float32:
+        narrow, _ = space.get("raw", tuple(weights.shape), values.dtype)
+        weights = narrow.copy_(weights)
+    _product(weights, values, o)
+
+
 def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
-    torch.bmm(left.flatten(0, 1), right.flatten(0, 1), out=out.view(-1, *out.shape[2:]))
+    torch.bmm(left.flatten(0, 1), right.flatten(0, 1), out=out.flatten(0, 1))
 
 
 def fold(
-    total: torch.Tensor, states: States, maximum: torch.Tensor, space: Workspace, name: str
+    total: torch.Tensor, states: States, maximum: torch.Tensor, space: Workspace
 ) -> None:
     """Adds states to `total`, chunk by chunk in order.
 
     Args:
-        total: `[heads, rows, value_dim + 1]` float32: numerator, and denominator in the last column.
+        total: `[heads, rows, value_dim + 1]` float32: numerator, and denominator in the last column;
+            it may have fewer rows than the states, whose last rows are then padding.
         maximum: `[heads, rows]`: the rows' maxima over everything they see, in log2.
     """
-    weighted = weigh(states, maximum, space, name)
-    for chunk in weighted:
-        total += chunk
+    rows = total.shape[1]
+    n, heads, padded, dim = states.o.shape
+    if padded != maximum.shape[1]:
+        maximum = torch.nn.functional.pad(maximum, (0, padded - maximum.shape[1]))
+    size = max(1, _BLOCK // (heads * padded * dim))
+    for begin in range(0, n, size):
+        block = States(*(part[begin : begin + size] for part in states))
+        for chunk in weigh(block, maximum, space):
+            total += chunk[:, :rows]
 
 
-def weigh(
-    states: States, maximum: torch.Tensor, space: Workspace, name: str
-) -> torch.Tensor:
+def weigh(states: States, maximum: torch.Tensor, space: Workspace) -> torch.Tensor:
     """States brought to a common maximum: `[n, heads, rows, value_dim + 1]`, l in the last column.
 
-    `maximum` is broadcast against `[n, heads, rows]`.
+    `maximum` is broadcast against `[n, heads, rows]`. The result lives until the next call.
     """
     o, m, l = states  # noqa: E741
-    scale, flat = space.get(name + ".w", tuple(m.shape))
+    scale, flat = space.get("scale", tuple(m.shape))
     torch.sub(m, maximum, out=scale)
     flat.exp2_()
-    weighted, _ = space.get(name + ".t", (*o.shape[:-1], o.shape[-1] + 1))
+    weighted, _ = space.get("weighted", (*o.shape[:-1], o.shape[-1] + 1))
     torch.mul(o, scale.unsqueeze(-1), out=weighted[..., :-1])
     torch.mul(l, scale, out=weighted[..., -1])
     return weighted

@@ -8,8 +8,11 @@ from typing import NamedTuple
 
 import torch
 
+from chunkcache.attention.partial import padded_rows
 from chunkcache.kv.pool import PoolRun
 from chunkcache.kv.sequence import Sequence
+
+_BLOCK_SCORES = 2**20  # scores held at once by a block of prefill: 4 MiB, about a cache's size
 
 
 class Gate(NamedTuple):
@@ -169,3 +172,63 @@ def _levels(
             )
         )
     return levels
+
+
+class PrefillStep(NamedTuple):
+    """New tokens `begin` .. `end` of a prefill, the tail chunks they see, and what they must not see.
+
+    `hidden` is True where a key lies behind its query, for the last chunks: `[h, 1, rows, chunk]`.
+    """
+
+    begin: int
+    end: int
+    seen: int
+    hidden: torch.Tensor
+
+
+class PrefillPlan:
+    """How the new tokens of one sequence are taken in blocks; the same for all layers.
+
+    Args:
+        start: position of the first new token; tail_start: of the tail's first.
+    """
+
+    def __init__(self, start: int, tokens: int, tail_start: int, chunk_size: int):
+        self.start = start
+        self.tokens = tokens
+        self.tail_start = tail_start
+        self.chunk_size = chunk_size
+        self._steps: dict[tuple[int, int], list[PrefillStep]] = {}
+
+    def steps(self, query_heads: int, heads: int, device: torch.device) -> list[PrefillStep]:
+        """Blocks for a layer with so many heads; made once."""
+        found = self._steps.get((query_heads, heads))
+        if found is None:
+            found = self._steps[query_heads, heads] = self._cut(query_heads, heads, device)
+        return found
+
+    def _cut(self, query_heads: int, heads: int, device: torch.device) -> list[PrefillStep]:
+        keys = self.start + self.tokens
+        fitting = _BLOCK_SCORES // (query_heads * keys) // 16 * 16
+        size = max(16, min(self.chunk_size, fitting))
+        steps, at = [], 0
+        while at < self.tokens:
+            first = self.start + at
+            end = min(self.tokens, at + size - first % size)
+            seen = -(-(self.start + end - self.tail_start) // self.chunk_size)
+            hidden = self._hidden(first, end - at, seen, query_heads // heads, device)
+            steps.append(PrefillStep(at, end, seen, hidden))
+            at = end
+        return steps
+
+    def _hidden(
+        self, first: int, tokens: int, seen: int, folded: int, device: torch.device
+    ) -> torch.Tensor:
+        size = self.chunk_size
+        masked = seen - (first - self.tail_start) // size  # chunks beyond the first query's own
+        position = torch.arange(first, first + tokens, device=device).repeat_interleave(folded)
+        missing = padded_rows(len(position)) - len(position)
+        if missing:
+            position = torch.nn.functional.pad(position, (0, missing), value=first + tokens - 1)
+        key = self.tail_start + torch.arange((seen - masked) * size, seen * size, device=device)
+        return key.view(masked, 1, 1, size) > position.view(1, 1, -1, 1)

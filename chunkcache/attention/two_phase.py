@@ -21,10 +21,8 @@ from chunkcache.attention.partial import (
     partial,
     weigh,
 )
-from chunkcache.attention.plan import StepPlan
+from chunkcache.attention.plan import PrefillPlan, StepPlan
 from chunkcache.attention.workspace import Workspace
-
-_BLOCK_SCORES = 2**20  # scores held at once by a block of prefill: 4 MiB, about a cache's size
 
 
 class Block(NamedTuple):
@@ -55,7 +53,7 @@ def attend_step(
     rows, query_heads, _, dim = query.shape
     heads = tails.keys.shape[1]
     folded = query_heads // heads
-    by_head = query.view(rows, heads, folded, dim).transpose(0, 1)  # [heads, rows, folded, dim]
+    by_head = query.reshape(rows, heads, folded, dim).transpose(0, 1)  # [heads, rows, folded, dim]
     maximum = query.new_full((heads, rows, folded), -torch.inf, dtype=torch.float32)
     parts = []
     for number, (group, block) in enumerate(zip(plan.groups, shared, strict=True)):
@@ -69,8 +67,8 @@ def attend_step(
         _raise_to(maximum, index, m[:, :, :folded].transpose(0, 1))
     value_dim = tails.values.shape[-1]
     total = maximum.new_zeros((heads, rows, folded, value_dim + 1))
-    for number, (index, states) in enumerate(parts):
-        _fold_shared(total, index, states, maximum, space, f"g{number}")
+    for index, states in parts:
+        _fold_shared(total, index, states, maximum, space)
     _fold_tails(total, last, maximum, plan, space)
     out = finish(total).transpose(0, 1).reshape(rows, 1, query_heads, value_dim)
     return out.to(query.dtype)
@@ -116,22 +114,12 @@ def _fold_shared(
     states: States,
     maximum: torch.Tensor,
     space: Workspace,
-    name: str,
 ) -> None:
-    rows = (maximum if index is None else maximum.index_select(1, index)).flatten(1, 2)
-    count = rows.shape[1]
-    missing = states.m.shape[2] - count
-    top = torch.nn.functional.pad(rows, (0, missing)) if missing else rows
-    weighted = weigh(states, top, space, name)[:, :, :count]
     if index is None:
-        own = total.flatten(1, 2)
-        for chunk in weighted:
-            own += chunk
+        fold(total.flatten(1, 2), states, maximum.flatten(1, 2), space)
         return
     chosen = total.index_select(1, index)
-    own = chosen.flatten(1, 2)
-    for chunk in weighted:
-        own += chunk
+    fold(chosen.flatten(1, 2), states, maximum.index_select(1, index).flatten(1, 2), space)
     total.index_copy_(1, index, chosen)
 
 
@@ -142,7 +130,7 @@ def _fold_tails(
     top = maximum.index_select(1, plan.owner).transpose(0, 1)  # [chunks, heads, folded]
     missing = states.m.shape[2] - folded
     top = torch.nn.functional.pad(top, (0, missing)) if missing else top
-    weighted = weigh(states, top, space, "tail")[:, :, :folded].transpose(0, 1)
+    weighted = weigh(states, top, space)[:, :, :folded].transpose(0, 1)
     for ids, index in plan.levels:
         level = weighted if ids is None else weighted.index_select(1, ids)
         if index is None:
@@ -155,17 +143,16 @@ def attend_prefill(
     query: torch.Tensor,
     shared: Blocks[Block],
     tail: Block,
-    start: int,
-    tail_start: int,
+    plan: PrefillPlan,
     scaling: float,
     space: Workspace,
 ) -> torch.Tensor:
     """The new tokens of one sequence against its shared chunks, its tail and each other (causal).
 
     Args:
-        query: `[1, query_heads, tokens, dim]`, for positions `start`, `start + 1`, ...
-        shared: blocks of whole chunks for positions 0 .. `tail_start`, in order.
-        tail: chunks from position `tail_start` on, the new tokens already in them.
+        query: `[1, query_heads, tokens, dim]`.
+        shared: blocks of whole chunks for the positions before `plan.tail_start`, in order.
+        tail: chunks from that position on, the new tokens already in them.
 
     Returns:
         `[1, tokens, query_heads, value_dim]` in the query's type.
@@ -174,37 +161,17 @@ def attend_prefill(
     not show in the result.
     """
     _, query_heads, tokens, dim = query.shape
-    heads, chunk = tail.keys.shape[1], tail.keys.shape[-1]
+    heads = tail.keys.shape[1]
     folded = query_heads // heads
-    rows = query.view(heads, folded, tokens, dim).transpose(1, 2)  # [heads, tokens, folded, dim]
+    rows = query.reshape(heads, folded, tokens, dim).transpose(1, 2)  # [heads, tokens, folded, dim]
     out = query.new_empty((tokens, query_heads, tail.values.shape[-1]))
-    keys = start + tokens
-    size = max(16, min(chunk, _BLOCK_SCORES // (query_heads * keys) // 16 * 16))
-    at = 0
-    while at < tokens:
-        first = start + at
-        end = min(tokens, at + size - first % size)
-        seen = -(-(start + end - tail_start) // chunk)
-        blocks = [*shared, Block(tail.keys[:seen], tail.values[:seen])]
-        hidden = _causal(first, end - at, tail_start, seen, chunk, folded, query.device)
-        total = _attend_rows(rows[:, at:end].flatten(1, 2), blocks, hidden, scaling, space)
-        part = finish(total).view(heads, end - at, folded, -1).transpose(0, 1)
-        out[at:end] = part.flatten(1, 2)
-        at = end
+    for step in plan.steps(query_heads, heads, query.device):
+        blocks = [*shared, Block(tail.keys[: step.seen], tail.values[: step.seen])]
+        new = rows[:, step.begin : step.end]
+        total = _attend_rows(new.flatten(1, 2), blocks, step.hidden, scaling, space)
+        part = finish(total).view(heads, step.end - step.begin, folded, -1).transpose(0, 1)
+        out[step.begin : step.end] = part.flatten(1, 2)
     return out.unsqueeze(0)
-
-
-def _causal(
-    first: int, tokens: int, tail_start: int, seen: int, chunk: int, folded: int, device: torch.device
-) -> torch.Tensor:
-    """True where a key lies behind its query, for the last chunks seen: `[h, 1, rows, chunk]`."""
-    masked = seen - (first - tail_start) // chunk  # chunks that reach beyond the first query
-    position = torch.arange(first, first + tokens, device=device).repeat_interleave(folded)
-    missing = padded_rows(len(position)) - len(position)
-    if missing:
-        position = torch.nn.functional.pad(position, (0, missing), value=first + tokens - 1)
-    key = tail_start + torch.arange((seen - masked) * chunk, seen * chunk, device=device)
-    return key.view(masked, 1, 1, chunk) > position.view(1, 1, -1, 1)
 
 
 def _attend_rows(
@@ -224,6 +191,6 @@ def _attend_rows(
         parts.append(partial(query, block.keys, block.values, scaling, space, name, mask))
     maximum = torch.stack([states.m.amax(0) for states in parts]).amax(0)
     total = maximum.new_zeros((*maximum.shape, blocks[0].values.shape[-1] + 1))
-    for number, states in enumerate(parts):
-        fold(total, states, maximum, space, f"b{number}")
+    for states in parts:
+        fold(total, states, maximum, space)
     return total[:, :count]

@@ -1,0 +1,64 @@
+# The same few commands for people and for CI. They need make and Python 3.11 or newer, and make
+# their own environment in .venv. Its stamp carries a checksum of what it was installed from, so
+# that it is installed again when that changes, and only then.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+KEY := $(shell cat setup.cfg pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+READY := $(VENV)/ready-$(KEY)
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+PYTEST := $(BIN)/python -m pytest -p no:cacheprovider
+BENCHMARKS := $(patsubst benchmarks/%.py,benchmarks.%,$(sort $(wildcard benchmarks/bench_*.py)))
+
+.PHONY: help env demo test lint types docs bench stress clean
+
+help:
+	@echo "make demo    install into .venv and show the cache at work on the built-in model"
+	@echo "make test    install, lint, check types, run all tests"
+	@echo "make env     only install"
+	@echo "make lint    ruff check and ruff format --check"
+	@echo "make types   mypy"
+	@echo "make docs    write docs/cli.md anew"
+	@echo "make bench   run the benchmarks one by one"
+	@echo "make stress  a million random steps on the prefix tree"
+	@echo "make clean   remove what builds and tools left behind, except .venv"
+
+env: $(READY)
+
+$(READY): | $(BIN)/pip
+	$(PIP) setuptools
+	$(PIP) --no-build-isolation -e '.[dev]'
+	@rm -f $(VENV)/ready-*
+	@touch $@
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and \
+	sys.exit("Python 3.11 or newer is needed; name one with: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+demo: env
+	$(BIN)/chunkcache demo
+
+test: lint types
+	$(PYTEST) --doctest-modules chunkcache tests
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: env
+	$(BIN)/mypy
+
+docs: env
+	$(BIN)/python docs/generate_cli.py
+
+bench: env
+	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m $$name; done
+
+stress: env
+	CHUNKCACHE_STEPS=1000000 $(PYTEST) tests/tree/test_random.py
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Benchmarks: one question per file; see README.md."""

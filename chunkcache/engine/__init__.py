@@ -1,0 +1,17 @@
+"""Running requests: jobs, sampling, incremental text, and a worker that runs them one by one."""
+
+from chunkcache.engine.jobs import Answer, Delta, Event, Failed, Finished, Job, Result, Sampling
+from chunkcache.engine.runner import QueueFullError, Runner
+
+__all__ = [
+    "Answer",
+    "Delta",
+    "Event",
+    "Failed",
+    "Finished",
+    "Job",
+    "QueueFullError",
+    "Result",
+    "Runner",
+    "Sampling",
+]

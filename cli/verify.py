@@ -1,0 +1,38 @@
+"""`chunkcache verify`."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from .loading import dtype_option, load
+
+
+@click.command(short_help="Prove that reuse changes nothing.")
+@click.argument("model")
+@dtype_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.pass_context
+def command(ctx: click.Context, model: str, dtype: str, as_json: bool) -> None:
+    """Prove on MODEL that reusing KV changes nothing, or say why not (exit code 1)."""
+    loaded, _ = load(model, dtype)
+    from chunkcache import verify
+    from chunkcache.lab.render import console, pairs
+
+    report = verify(loaded)
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=2))
+    else:
+        values = {
+            "model type": report.model_type,
+            "supported": "yes" if report.supported else "no",
+            "tier": report.tier,
+            "bit-exact": report.bit_exact,
+            "largest logit error": f"{report.max_logit_error:.2e}",
+            "number type": report.dtype,
+            "reason": report.reason,
+        }
+        console().print(pairs(f"Verification of {model}", values))
+    if not report.supported:
+        ctx.exit(1)

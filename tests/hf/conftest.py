@@ -1,0 +1,13 @@
+"""The built-in model, loaded once."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from chunkcache.demo import model_path
+
+
+@pytest.fixture(scope="session")
+def demo_model():
+    model = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(model_path())
