@@ -87,9 +87,7 @@ def memory(model: object, sequences: int, shared: int, private: int, seed: int) 
 
     def watch(input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
         stats = cached.stats()
-        tails = stats.tail_bytes
-        stored = stats.bytes - _in_tails_too(cached)
-        held.append(stored + tails)
+        held.append(stats.bytes + stats.tail_bytes)
         return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
     new = private - private // 2
@@ -107,10 +105,6 @@ def memory(model: object, sequences: int, shared: int, private: int, seed: int) 
         "ratio": held[-1] / unique,
         "unshared_bytes": (shared + private) * sequences * stats.token_bytes,
     }
-
-
-def _in_tails_too(cached: CachedModel) -> int:
-    return 0
 
 
 def decode(model: object, modes: dict[str, CachedModel], seed: int) -> dict:
@@ -163,9 +157,13 @@ def main(shared: str, private: int, repeats: int, dtypes: str, seed: int) -> Non
                 flush=True,
             )
         rows["decode ms per token"] = decode(model, modes, seed)
-        print("decode ms per token:", {k: round(v, 1) for k, v in rows["decode ms per token"].items()})
+        print(
+            "decode ms per token:", {k: round(v, 1) for k, v in rows["decode ms per token"].items()}
+        )
         rows["memory"] = memory(model, 32, 4096, 128, seed)
-        print(f"KV of 32 x (4,096 + 128): {rows['memory']['ratio']:.3f} of the unique tokens' bytes")
+        print(
+            f"KV of 32 x (4,096 + 128): {rows['memory']['ratio']:.3f} of the unique tokens' bytes"
+        )
     save("bench_ttft", args | {"shared": shared, "dtypes": dtypes}, result)
 
 

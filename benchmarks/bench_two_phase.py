@@ -1,8 +1,9 @@
 """Is attention in two phases faster than the best plain torch attention for one decoding step?
 
-One layer, heads of 128, 32 of them (MHA) or 32 over 8 (GQA). Plain: every row has its own copy of the shared prefix; the best of scaled dot
-product attention with grouped heads folded into the query, the same with a mask, and two batched products.
-Two-phase: the shared chunks once, the private tails in an arena, exact arithmetic.
+One layer, heads of 128: 32 (MHA) or 32 over 8 (GQA). Plain: every row has its own copy of the
+shared prefix; the best of scaled dot product attention with grouped heads folded into the query,
+the same with a mask, and two batched products. Two-phase: the shared chunks once, the private tails
+in an arena, exact arithmetic.
 """
 
 from __future__ import annotations
@@ -72,7 +73,13 @@ def two_phase(
 
 
 def compare(
-    dtype: torch.dtype, query_heads: int, heads: int, rows: int, shared: int, tail: int, repeats: int
+    dtype: torch.dtype,
+    query_heads: int,
+    heads: int,
+    rows: int,
+    shared: int,
+    tail: int,
+    repeats: int,
 ) -> dict:
     """Milliseconds of each way; outputs must agree."""
     keys = torch.randn(1, heads, shared, DIM).expand(rows, -1, -1, -1)

@@ -83,7 +83,9 @@ class Config:
                 f"border ({self.border}) must be a multiple of chunk_size ({self.chunk_size})"
             )
         if self.stores:
-            raise ConfigError("stores: this version keeps chunks on the device only; leave it empty")
+            raise ConfigError(
+                "stores: this version keeps chunks on the device only; leave it empty"
+            )
         object.__setattr__(self, "device_bytes", parse_bytes(self.device_bytes))
 
     @property

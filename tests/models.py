@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -77,7 +77,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def tiny(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
     """A random model whose logits differ clearly between tokens; shared, so do not change it."""
     return build(_ALIASES.get(name, name), FULL_ATTENTION[name], dtype, device)
@@ -133,7 +133,9 @@ def same(left: Any, right: Any, rows: Any = slice(None), other: Any = slice(None
     """Whether two results have the same tokens and bit-equal logits in the named rows."""
     return all(
         torch.equal(a[rows], b[other]) for a, b in zip(left.logits, right.logits, strict=True)
-    ) and torch.equal(left.sequences[rows, -len(left.logits) :], right.sequences[other, -len(right.logits) :])
+    ) and torch.equal(
+        left.sequences[rows, -len(left.logits) :], right.sequences[other, -len(right.logits) :]
+    )
 
 
 def stored(cached: CachedModel) -> dict[tuple[int, ...], list[torch.Tensor]]:

@@ -104,7 +104,10 @@ class Batch:
         self.arena.append(layer, sequence.tail[own // size], own % size, keys[0], values[0])
 
     def attend(self, layer: int, query: torch.Tensor, scaling: float) -> torch.Tensor:
-        """Attention of the new tokens: `[rows, query_heads, tokens, dim]` in, `[rows, tokens, query_heads, dim]` out."""
+        """Attention of the new tokens.
+
+        Takes `[rows, query_heads, tokens, dim]`, gives `[rows, tokens, query_heads, value_dim]`.
+        """
         self.attended += 1
         plan, tails = self._plan, Block(*self.arena.layer(layer))
         if isinstance(plan, StepPlan):

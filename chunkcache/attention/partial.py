@@ -36,7 +36,7 @@ class States(NamedTuple):
 
     o: torch.Tensor
     m: torch.Tensor
-    l: torch.Tensor  # noqa: E741 - the literature's name
+    l: torch.Tensor
 
 
 def natural(states: States) -> States:
@@ -118,7 +118,7 @@ def _reduce(
     values: torch.Tensor,
     o: torch.Tensor,
     m: torch.Tensor,
-    l: torch.Tensor,  # noqa: E741
+    l: torch.Tensor,
     space: Workspace,
 ) -> None:
     """Fills o, m and l of a block; the scores are overwritten."""
@@ -138,9 +138,7 @@ def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None
     torch.bmm(left.flatten(0, 1), right.flatten(0, 1), out=out.flatten(0, 1))
 
 
-def fold(
-    total: torch.Tensor, states: States, maximum: torch.Tensor, space: Workspace
-) -> None:
+def fold(total: torch.Tensor, states: States, maximum: torch.Tensor, space: Workspace) -> None:
     """Adds states to `total`, chunk by chunk in order.
 
     Args:
@@ -164,7 +162,7 @@ def weigh(states: States, maximum: torch.Tensor, space: Workspace) -> torch.Tens
 
     `maximum` is broadcast against `[n, heads, rows]`. The result lives until the next call.
     """
-    o, m, l = states  # noqa: E741
+    o, m, l = states
     scale, flat = space.get("scale", tuple(m.shape))
     torch.sub(m, maximum, out=scale)
     flat.exp2_()

@@ -86,9 +86,7 @@ def _gated(
 ) -> list[Group]:
     if len(rows) == 1:
         return [Group(run, tuple(rows))]
-    worth = (
-        gate.enabled and len(rows) >= gate.rows and len(run) * chunk_size >= gate.tokens
-    )
+    worth = gate.enabled and len(rows) >= gate.rows and len(run) * chunk_size >= gate.tokens
     if decisions is not None:
         decisions.grouped += worth
         decisions.refused += not worth

@@ -24,7 +24,7 @@ class Note(NamedTuple):
     layer: int
 
 
-class ChunkLayer(CacheLayerMixin):
+class ChunkLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's door to the batch; holds no tensors."""
 
     is_compileable = False
@@ -71,7 +71,7 @@ class ChunkLayer(CacheLayerMixin):
         raise NotImplementedError("a ChunkCache serves one request and is not reset")
 
 
-class ChunkCache(Cache):
+class ChunkCache(Cache):  # type: ignore[misc]
     """The cache of one generate() call.
 
     Args:

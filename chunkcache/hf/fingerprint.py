@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -36,12 +37,12 @@ def _digest_tensor(item: tuple[str, torch.Tensor]) -> bytes:
     head = f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
     digest = hashlib.blake2b(head, digest_size=32)
     raw = tensor.detach().contiguous().cpu().flatten().view(torch.uint8)
-    digest.update(memoryview(raw.numpy()))
+    digest.update(raw.numpy().data)
     return digest.digest()
 
 
 def namespace(
-    model: PreTrainedModel, weights: bytes, arithmetic: dict[str, object], tenant: str
+    model: PreTrainedModel, weights: bytes, arithmetic: Mapping[str, object], tenant: str
 ) -> bytes:
     """The 32-byte name of the tree whose chunks this model may read.
 

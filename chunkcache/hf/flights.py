@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from threading import Condition
+
+from chunkcache.tree import TOKEN_BYTES, common_prefix, pack
 
 
 class Flight:
@@ -13,7 +14,7 @@ class Flight:
 
     def __init__(self, namespace: bytes, tokens: list[int]):
         self.namespace = namespace
-        self.tokens = tokens
+        self.tokens = pack(tokens)
 
 
 class Flights:
@@ -31,7 +32,9 @@ class Flights:
         then looks the prefix up again. A caller runs one flight at a time, so nobody waits in a ring.
         """
         with self._landed:
-            other = next((f for f in self._running if self._helps(f, namespace, tokens, stored)), None)
+            other = next(
+                (f for f in self._running if self._helps(f, namespace, tokens, stored)), None
+            )
             if other is None:
                 flight = Flight(namespace, tokens)
                 self._running.append(flight)
@@ -42,8 +45,9 @@ class Flights:
     def _helps(self, flight: Flight, namespace: bytes, tokens: list[int], stored: int) -> bool:
         if flight.namespace != namespace:
             return False
-        shared = len(os.path.commonprefix([flight.tokens, tokens]))  # works on any sequences
-        return min(shared, len(tokens) - 1) // self._chunk_size > stored // self._chunk_size
+        limit = min(len(flight.tokens) // TOKEN_BYTES, len(tokens) - 1)
+        shared = common_prefix(flight.tokens, 0, pack(tokens), 0, limit)
+        return shared // self._chunk_size > stored // self._chunk_size
 
     def land(self, flight: Flight) -> None:
         """The flight's chunks are stored, or will not be; waiting requests go on."""

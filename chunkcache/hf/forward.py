@@ -47,8 +47,7 @@ class ForwardHooks:
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, ChunkCache):
             return None
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        self._check(ids, kwargs)
+        ids = self._ids(kwargs.get("input_ids", args[0] if args else None), kwargs)
         batch = cache.batch
         positions = torch.tensor(batch.positions, device=ids.device).unsqueeze(1)
         positions = positions + torch.arange(ids.shape[1], device=ids.device)
@@ -63,13 +62,14 @@ class ForwardHooks:
             new["logits_to_keep"] = self._keep(ids.shape[1], kwargs.get("logits_to_keep", 0))
         return (), new
 
-    def _check(self, ids: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
+    def _ids(self, ids: torch.Tensor | None, kwargs: dict[str, Any]) -> torch.Tensor:
         if ids is None or kwargs.get("inputs_embeds") is not None:
             raise UnsupportedRequestError(
                 "prefixes are found by token ids: pass input_ids, not inputs_embeds"
             )
         if kwargs.get("output_attentions"):
             raise UnsupportedRequestError("output_attentions: attention weights are never formed")
+        return ids
 
     def _pad(self, ids: torch.Tensor) -> torch.Tensor:
         """More rows for one-token steps, more columns otherwise; dummies repeat what is last."""
@@ -90,9 +90,7 @@ class ForwardHooks:
         padded = columns + -columns % self.multiple
         return -(-(padded - columns + wanted) // self.multiple) * self.multiple
 
-    def after(
-        self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any
-    ) -> Any:
+    def after(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Cuts the padding off and completes the batch's forward."""
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, ChunkCache):

@@ -150,7 +150,7 @@ class CachedModel:
         kwargs: dict[str, Any],
     ) -> Any:
         key = id(cache)
-        before = sum(sequence.length for sequence in cache.batch.sequences)
+        prompts = [len(row.tokens) for row in rows for _ in range(cache.batch.rows // len(rows))]
         with self._lock:
             self._running[key] = [cache.batch]
         try:
@@ -166,10 +166,11 @@ class CachedModel:
             self._keep_answers(rows, cache)
             return result
         finally:
-            after = sum(sequence.length for sequence in cache.batch.sequences)
+            ends = [sequence.length + 1 for sequence in cache.batch.sequences]
             with self._lock:
                 del self._running[key]
-                self._sums["generated"] += max(0, after - before)
+                for end, prompt in zip(ends, prompts, strict=True):
+                    self._sums["generated"] += max(0, end - prompt)
 
     @contextmanager
     def _open(self, prompts: list[list[int]]) -> Iterator[list[Row]]:

@@ -16,7 +16,7 @@ from chunkcache.kv import Arena, PoolRun
 from chunkcache.kv.sequence import Sequence
 from chunkcache.kv.store import PrefixStore
 from chunkcache.lab.records import Reuse
-from chunkcache.tree import Lease, Match, Piece
+from chunkcache.tree import Lease, Match, Node, Piece
 
 
 @dataclass
@@ -45,9 +45,7 @@ class Prefiller:
             that a hit runs the very same products as a miss.
     """
 
-    def __init__(
-        self, twin: PreTrainedModel, store: PrefixStore, settings: Config, borders: bool
-    ):
+    def __init__(self, twin: PreTrainedModel, store: PrefixStore, settings: Config, borders: bool):
         self.twin = twin
         self.store = store
         self.settings = settings
@@ -91,7 +89,7 @@ class Prefiller:
         whole, rest = divmod(len(tokens), layout.chunk_size)
         if self.borders:
             whole, rest = 0, len(tokens)
-        runs = [piece.run for piece in pieces]
+        runs = _runs(pieces)
         shared, behind = _cut(runs, whole)
         sequence = Sequence(layout.chunk_size, list(tokens), tuple(shared))
         arena = Arena(layout)
@@ -178,7 +176,7 @@ class Prefiller:
         lease = self.store.hold(row.namespace, sequence.tokens, stored)
         row.leases.append(lease)
         drop = (lease.tokens - sequence.shared_tokens) // layout.chunk_size
-        runs, _ = _cut([piece.run for piece in lease.pieces], lease.tokens // layout.chunk_size)
+        runs, _ = _cut(_runs(lease.pieces), lease.tokens // layout.chunk_size)
         keep = sequence.tail[drop:]
         arena = row.batch.arena.select(keep)
         moved = Sequence(layout.chunk_size, sequence.tokens, tuple(runs), list(range(len(keep))))
@@ -196,6 +194,10 @@ class Prefiller:
         for lease in row.leases:
             lease.release()
         row.leases.clear()
+
+
+def _runs(pieces: tuple[Piece, ...]) -> list[PoolRun]:
+    return [piece.run for piece in pieces if isinstance(piece.run, PoolRun)]
 
 
 def _cut(runs: list[PoolRun], chunks: int) -> tuple[list[PoolRun], list[PoolRun]]:
@@ -216,7 +218,7 @@ def _cut(runs: list[PoolRun], chunks: int) -> tuple[list[PoolRun], list[PoolRun]
 
 def _names(match: Match) -> tuple[str, ...]:
     found: list[str] = []
-    node = match.node
+    node: Node | None = match.node
     while node is not None:
         found += node.names
         node = node.parent

@@ -139,9 +139,7 @@ class _Probe:
     def find_layout(self) -> ChunkLayout:
         """What each layer caches, seen on the model's own cache after a short forward."""
         cache = DynamicCache(config=self.model.config)
-        self.model(
-            input_ids=self._tensor(self.ids[0][:5]), past_key_values=cache, use_cache=True
-        )
+        self.model(input_ids=self._tensor(self.ids[0][:5]), past_key_values=cache, use_cache=True)
         shapes = []
         for number, layer in enumerate(cache.layers):
             if type(layer) is not DynamicLayer:
@@ -209,9 +207,7 @@ class _Probe:
         return all(
             torch.equal(ours, theirs)
             for layer in range(len(layout.layers))
-            for ours, theirs in zip(
-                batch.arena.layer(layer), whole.arena.layer(layer), strict=True
-            )
+            for ours, theirs in zip(batch.arena.layer(layer), whole.arena.layer(layer), strict=True)
         )
 
     def _company(self, layout: ChunkLayout, whole: Batch, reference: torch.Tensor) -> bool:
@@ -258,9 +254,7 @@ def position_limit(model: PreTrainedModel) -> int | None:
     own prefix beyond the original limit, so that is where they end here.
     """
     config = model.config.get_text_config(decoder=True)
-    limits = [
-        getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")
-    ]
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope] if "rope_type" in rope else [r for r in rope.values() if isinstance(r, dict)]
     for parameters in kinds:

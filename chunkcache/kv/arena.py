@@ -30,7 +30,7 @@ class Arena:
         return self._capacity * self.layout.chunk_bytes
 
     def layer(self, layer: int, chunks: int | None = None) -> KV:
-        """Views of the first `chunks` chunks: keys `[n, heads, dim, chunk]`, values `[n, heads, chunk, dim]`."""
+        """Views of the first chunks: keys `[n, heads, dim, chunk]`, values `[n, heads, chunk, dim]`."""
         count = self.used if chunks is None else chunks
         keys, values = self._layers[layer]
         return keys[:count], values[:count]

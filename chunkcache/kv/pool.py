@@ -8,6 +8,7 @@ one slab: splitting it is arithmetic on two numbers.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from threading import RLock
 
 from sortedcontainers import SortedList
@@ -21,7 +22,7 @@ SLAB_BYTES = 256 * 2**20
 class PoolRun:
     """`count` consecutive chunks of one slab, from `start` on. Immutable."""
 
-    __slots__ = ("pool", "slab", "start", "count")
+    __slots__ = ("count", "pool", "slab", "start")
 
     def __init__(self, pool: Pool, slab: int, start: int, count: int):
         self.pool = pool
@@ -151,10 +152,10 @@ class Pool:
         """Walks the free ranges: inside their slabs, apart from each other, and free + used == total."""
         with self._lock:
             ranges = sorted((slab, start, length) for length, slab, start in self._free)
-            for (slab, start, length), (other, begin, _) in zip(ranges, ranges[1:], strict=False):
+            for (slab, start, length), (other, begin, _) in pairwise(ranges):
                 assert slab != other or start + length < begin, "free ranges touch or overlap"
             for slab, start, length in ranges:
-                assert length > 0 and 0 <= start and start + length <= self._sizes[slab]
+                assert length > 0 and start >= 0 and start + length <= self._sizes[slab]
                 assert self._by_start[slab, start] == length
                 assert self._by_end[slab, start + length] == length
             assert len(self._by_start) == len(self._by_end) == len(ranges)

@@ -8,7 +8,7 @@ from threading import RLock
 
 from chunkcache.kv.layout import KV, ChunkLayout
 from chunkcache.kv.pool import Pool, PoolRun
-from chunkcache.tree import LFU, LRU, Inserted, Lease, Policy, PrefixTree
+from chunkcache.tree import LFU, LRU, Inserted, Lease, Policy, PrefixTree, Run
 
 Blocks = Callable[[int, int], list[KV]]
 _POLICIES: dict[str, type[Policy]] = {"lru": LRU, "lfu": LFU}
@@ -49,7 +49,8 @@ class PrefixStore:
                 )
             return self._trees[namespace]
 
-    def _freed(self, run: PoolRun) -> None:
+    def _freed(self, run: Run) -> None:
+        assert isinstance(run, PoolRun)
         self.pool.free(run)
         self.flow.evicted += len(run)
 

@@ -122,8 +122,12 @@ def test_parallel_samples_and_beams_share_and_agree_with_the_plain_model():
     model = tiny("llama")
     cached = wrapped(model)
     ids = torch.tensor([prompt(40), prompt(40, seed=1)])
-    plain = model.generate(ids, max_new_tokens=9, num_beams=3, num_return_sequences=2, do_sample=False)
-    ours = cached.generate(ids, max_new_tokens=9, num_beams=3, num_return_sequences=2, do_sample=False)
+    plain = model.generate(
+        ids, max_new_tokens=9, num_beams=3, num_return_sequences=2, do_sample=False
+    )
+    ours = cached.generate(
+        ids, max_new_tokens=9, num_beams=3, num_return_sequences=2, do_sample=False
+    )
     assert torch.equal(plain, ours)
     for seed in range(3):
         torch.manual_seed(seed)

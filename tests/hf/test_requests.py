@@ -168,9 +168,16 @@ def test_stopping_criteria_and_processors_are_transformers_own():
     cached = wrapped(model)
     ours = run(cached, prompt(30), new=20, stopping_criteria=[StopAfter(4)])
     assert len(ours.logits) == 4
-    for extra in ({"repetition_penalty": 1.7}, {"no_repeat_ngram_size": 2}, {"bad_words_ids": [[5]]}):
+    for extra in (
+        {"repetition_penalty": 1.7},
+        {"no_repeat_ngram_size": 2},
+        {"bad_words_ids": [[5]]},
+    ):
         for _ in range(2):
-            plain, ours = run(model, prompt(30), new=12, **extra), run(cached, prompt(30), new=12, **extra)
+            plain, ours = (
+                run(model, prompt(30), new=12, **extra),
+                run(cached, prompt(30), new=12, **extra),
+            )
             assert torch.equal(plain.sequences, ours.sequences)
     config = GenerationConfig(max_new_tokens=7, do_sample=False, eos_token_id=2, pad_token_id=0)
     ids = ids_of(prompt(30))

@@ -30,7 +30,9 @@ def test_golden_outputs_cold_warm_and_under_pressure(stories, chunks, exactness)
     expected = golden["greedy_ids_256"]
     for cut in (1, 100, 200, 1, 57):
         ids = torch.tensor([expected[:cut]])
-        out = cached.generate(ids, max_new_tokens=len(expected) - cut, do_sample=False, eos_token_id=None)
+        out = cached.generate(
+            ids, max_new_tokens=len(expected) - cut, do_sample=False, eos_token_id=None
+        )
         assert out[0].tolist() == expected
         cached.store.check()
         assert cached.stats().chunks <= chunks

@@ -1,0 +1,229 @@
+"""Two-phase attention against one plain softmax, and against itself cut in every other way."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chunkcache.attention import reference
+from chunkcache.attention.batch import Batch
+from chunkcache.attention.partial import finish, fold, natural, partial
+from chunkcache.attention.plan import Decisions, Gate, group_rows
+from chunkcache.attention.workspace import Workspace, padded_size
+from chunkcache.kv import Arena, ChunkLayout, LayerShape, Pool
+from chunkcache.kv.sequence import Sequence
+
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+class World:
+    """One long sequence, its chunks in a pool, and its attention done at once."""
+
+    def __init__(self, heads, folded, dim, chunk, length, dtype, seed=0, device="cpu"):
+        torch.manual_seed(seed)
+        self.layout = ChunkLayout(
+            (LayerShape(heads, dim, dim),), chunk, dtype, torch.device(device)
+        )
+        self.length, self.chunk = length, chunk
+        self.keys = torch.randn(heads, length, dim).to(dtype).to(device)
+        self.values = torch.randn(heads, length, dim).to(dtype).to(device)
+        self.query = torch.randn(1, heads * folded, length, dim).to(dtype).to(device)
+        self.scaling = dim**-0.5
+        self.pool = Pool(self.layout, self.layout.chunk_bytes * 200)
+        whole = self.batch([])
+        self.full = self.forward(whole, 0, length)
+        self.arena = whole.arena
+
+    def batch(self, runs, gate=None):
+        return Batch(self.layout, [self.sequence(runs)], Arena(self.layout), gate)
+
+    def sequence(self, runs):
+        tokens = sum(map(len, runs)) * self.chunk
+        return Sequence(self.chunk, list(range(tokens)), tuple(runs))
+
+    def runs(self, *lengths):
+        """The first chunks of the sequence, in pool runs of these lengths."""
+        found, at = [], 0
+        for length in lengths:
+            run = self.pool.allocate(length)
+            for to, source in zip(run.layer(0), self.arena.layer(0), strict=True):
+                to.copy_(source[at : at + length])
+            found.append(run)
+            at += length
+        return found
+
+    def forward(self, batch, begin, end):
+        """New tokens begin .. end of a one-row batch."""
+        batch.begin([list(range(begin, end))])
+        batch.write(0, self.keys[None, :, begin:end], self.values[None, :, begin:end])
+        out = batch.attend(0, self.query[:, :, begin:end], self.scaling)
+        batch.end()
+        return out[0]
+
+    def step(self, batch):
+        """One token for each row of a batch, at each row's own position."""
+        at = batch.positions
+        batch.begin([[position] for position in at])
+        pick = torch.tensor(at)
+        new = lambda tensor: tensor[:, pick].transpose(0, 1).unsqueeze(2)  # noqa: E731
+        batch.write(0, new(self.keys), new(self.values))
+        out = batch.attend(0, new(self.query[0]), self.scaling)
+        batch.end()
+        return at, out[:, 0]
+
+
+SHAPES = [(4, 4, 64, 64), (2, 1, 16, 16), (1, 8, 32, 64), (3, 2, 80, 32), (4, 2, 8, 16)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_reference_agrees(shape, dtype, device):
+    world = World(*shape, length=3 * shape[3] + 5, dtype=dtype, device=device)
+    expected = reference.attend(
+        world.query[0].double(),
+        world.keys.double(),
+        world.values.double(),
+        torch.arange(world.length, device=device),
+        world.scaling,
+    )
+    assert (world.full.double() - expected).abs().max() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_no_cut_no_company_no_layout_shows(shape, dtype, data):
+    chunk = shape[3]
+    world = World(*shape, length=4 * chunk + chunk // 2 + 3, dtype=dtype)
+    layouts = [world.runs(*lengths) for lengths in ((4,), (1, 3), (2, 1, 1), (3,))]
+    rows = []
+    for _ in range(data.draw(st.integers(1, 6))):
+        runs = data.draw(st.sampled_from(layouts))
+        runs = runs[: data.draw(st.integers(0, len(runs)))]
+        batch = world.batch(runs)
+        start = batch.sequences[0].length
+        end = data.draw(st.integers(start, world.length - 4))
+        while (at := batch.sequences[0].length) < end:
+            size = data.draw(st.integers(1, end - at))
+            assert torch.equal(world.forward(batch, at, at + size), world.full[at : at + size])
+        rows.append(batch)
+    together = Batch.join(rows)
+    together.gate = Gate(data.draw(st.booleans()), data.draw(st.integers(2, 3)), 1)
+    for _ in range(3):
+        at, out = world.step(together)
+        assert torch.equal(out, world.full[at])
+    order = data.draw(st.permutations(range(together.rows)))
+    together = together.select(order)
+    at, out = world.step(together)
+    assert torch.equal(out, world.full[at])
+
+
+def test_groups_follow_the_chunks_that_rows_share():
+    world = World(2, 1, 16, 16, 100, torch.float32)
+    stem = world.runs(2)
+    branch, other = world.pool.allocate(1), world.pool.allocate(2)
+    head, tail = stem[0].split(1)
+    rows = [
+        world.sequence([stem[0], branch]),
+        world.sequence([head, tail, other]),
+        world.sequence([head]),
+        world.sequence([]),
+        world.sequence([*stem, other]),
+    ]
+    decisions = Decisions()
+    groups = group_rows(rows, Gate(tokens=16), 16, decisions)
+    found = [(group.run.slab, group.run.start, len(group.run), group.rows) for group in groups]
+    start = stem[0].start
+    assert (0, start, 1, (0, 1, 2, 4)) in found, "one divergent row does not end the sharing"
+    assert (0, start + 1, 1, (0, 1, 4)) in found
+    assert (0, branch.start, 1, (0,)) in found
+    assert (0, other.start, 2, (1, 4)) in found
+    assert len(found) == 4 and (decisions.grouped, decisions.refused) == (3, 0)
+    for number, sequence in enumerate(rows):
+        read = [
+            group.run.start + at
+            for group in groups
+            if number in group.rows
+            for at in range(len(group.run))
+        ]
+        kept = [run.start + at for run in sequence.shared for at in range(len(run))]
+        assert read == kept, "in order of position, each once"
+
+
+@pytest.mark.parametrize("gate", [Gate(enabled=False), Gate(rows=3), Gate(tokens=33)])
+def test_the_gate_refuses_and_counts(gate):
+    world = World(2, 1, 16, 16, 100, torch.float32)
+    stem = world.runs(2)
+    decisions = Decisions()
+    groups = group_rows([world.sequence(stem)] * 2, gate, 16, decisions)
+    assert [group.rows for group in groups] == [(0,), (1,)]
+    assert (decisions.grouped, decisions.refused) == (0, 1)
+
+
+def test_plans_are_made_again_only_on_change():
+    world = World(2, 1, 16, 16, 100, torch.float32)
+    batch = Batch.join([world.batch(world.runs(2)) for _ in range(2)])
+    world.step(batch)
+    groups = batch.groups()
+    for _ in range(20):
+        world.step(batch)
+    assert batch.groups() is groups
+    assert batch.select([1, 0]).groups() is not groups
+
+
+def test_a_failed_forward_leaves_the_batch_as_it_was():
+    world = World(2, 2, 16, 16, 100, torch.float32)
+    batch = world.batch([])
+    world.forward(batch, 0, 20)
+    batch.begin([[1, 2, 3]])
+    batch.write(0, torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3, 16))
+    assert batch.sequences[0].length == 20
+    assert torch.equal(world.forward(batch, 20, 47), world.full[20:47])
+
+
+def test_states_are_the_textbooks():
+    """o, m and l of a chunk, m in natural logarithm after `natural`; an unseen chunk is empty."""
+    torch.manual_seed(1)
+    query, keys, values = (
+        torch.randn(1, 2, 4, 8),
+        torch.randn(3, 2, 8, 16),
+        torch.randn(3, 2, 16, 8),
+    )
+    hidden = torch.zeros(1, 1, 4, 16, dtype=torch.bool)
+    hidden[:, :, 0] = True
+    space = Workspace(torch.device("cpu"))
+    states = natural(partial(query, keys, values, 0.5, space, "t", hidden))
+    scores = torch.einsum("xhrd,nhdc->nhrc", query, keys) * 0.5
+    torch.testing.assert_close(states.m[:2], scores[:2].amax(-1))
+    torch.testing.assert_close(states.l[:2], (scores - scores.amax(-1, True)).exp().sum(-1)[:2])
+    assert states.l[2, :, 0].eq(0).all() and states.o[2, :, 0].eq(0).all()
+    left = (states.o[0, 0], states.m[0, 0], states.l[0, 0])
+    right = (states.o[1, 0], states.m[1, 0], states.l[1, 0])
+    o, m, l = reference.merge(left, right)
+    both = scores[:2, 0].transpose(0, 1).flatten(1)
+    torch.testing.assert_close(m + l.log(), both.logsumexp(-1))
+    torch.testing.assert_close(o / l[:, None], both.softmax(-1) @ values[:2, 0].flatten(0, 1))
+
+
+def test_merging_needs_no_order_of_calls_to_be_right():
+    """Huge and tiny scores: no overflow, and weights that vanish vanish."""
+    space = Workspace(torch.device("cpu"))
+    query = torch.full((1, 1, 4, 4), 40.0)
+    keys = torch.stack([torch.full((1, 4, 8), scale) for scale in (-40.0, 40.0, 0.0)])
+    values = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 1, 8, 4).contiguous()
+    states = partial(query, keys, values, 1.0, space, "t")
+    maximum = states.m.amax(0)
+    total = torch.zeros(1, 4, 5)
+    fold(total, states, maximum, space)
+    assert torch.equal(finish(total), torch.ones(1, 4, 4))
+
+
+@given(st.integers(1, 10**7), st.integers(1, 64))
+def test_padding_gives_every_thread_whole_blocks(elements, threads):
+    size = padded_size(elements, threads)
+    shares = max(1, min(threads, math.ceil(size / 32768)))
+    assert size >= elements and size % (shares * 64) == 0
+    assert size - elements < 64 * threads * 2
