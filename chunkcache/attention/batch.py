@@ -40,6 +40,7 @@ class Batch:
         gate: Gate | None = None,
         space: Workspace | None = None,
         decisions: Decisions | None = None,
+        ordered: bool = True,
     ):
         self.layout = layout
         self.sequences = sequences
@@ -47,6 +48,7 @@ class Batch:
         self.gate = gate or Gate()
         self.space = space or Workspace(layout.device)
         self.decisions = decisions or Decisions()
+        self.ordered = ordered
         self.attended = 0
         self._groups: list[Group] | None = None
         self._plan: StepPlan | PrefillPlan | None = None
@@ -112,10 +114,10 @@ class Batch:
         plan, tails = self._plan, Block(*self.arena.layer(layer))
         if isinstance(plan, StepPlan):
             shared = [Block(*group.run.layer(layer)) for group in plan.groups]
-            return attend_step(query, shared, tails, plan, scaling, self.space)
+            return attend_step(query, shared, tails, plan, scaling, self.space, self.ordered)
         assert plan is not None, "attend() outside of begin() and end()"
         shared = [Block(*run.layer(layer)) for run in self.sequences[0].shared]
-        return attend_prefill(query, shared, tails, plan, scaling, self.space)
+        return attend_prefill(query, shared, tails, plan, scaling, self.space, self.ordered)
 
     def end(self) -> None:
         """The forward is complete: its tokens are part of the sequences."""
@@ -143,7 +145,7 @@ class Batch:
             ids += old.tail[:used]
             chosen.append(Sequence(old.chunk_size, list(old.tokens), old.shared, tail))
         arena = self.arena.select(ids)
-        return Batch(self.layout, chosen, arena, self.gate, self.space, self.decisions)
+        return self._like(chosen, arena)
 
     def adopt(self, other: Batch) -> None:
         """Becomes the other batch (same layout), in place."""
@@ -165,4 +167,9 @@ class Batch:
             for old in batch.sequences:
                 tail = [start + chunk for chunk in old.tail]
                 joined.append(Sequence(old.chunk_size, list(old.tokens), old.shared, tail))
-        return Batch(first.layout, joined, arena, first.gate, first.space, first.decisions)
+        return first._like(joined, arena)
+
+    def _like(self, sequences: list[Sequence], arena: Arena) -> Batch:
+        return Batch(
+            self.layout, sequences, arena, self.gate, self.space, self.decisions, self.ordered
+        )

@@ -27,7 +27,7 @@ from chunkcache.attention.workspace import Workspace
 
 LOG2E = math.log2(math.e)
 ROW_MULTIPLE = 4  # batched products give a row the same bits from four rows up
-_BLOCK = 2**18  # scores worked on at a time: 1 MiB, a core's second-level cache
+_BLOCK = 2**19  # scores worked on at a time: 2 MiB, the second-level caches of two cores
 _LOWEST = -1e30  # in place of -inf, so that a chunk without a visible key gives 0 and not NaN
 
 
@@ -138,8 +138,14 @@ def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None
     torch.bmm(left.flatten(0, 1), right.flatten(0, 1), out=out.flatten(0, 1))
 
 
-def fold(total: torch.Tensor, states: States, maximum: torch.Tensor, space: Workspace) -> None:
-    """Adds states to `total`, chunk by chunk in order.
+def fold(
+    total: torch.Tensor,
+    states: States,
+    maximum: torch.Tensor,
+    space: Workspace,
+    ordered: bool = True,
+) -> None:
+    """Adds states to `total`: chunk by chunk in order, or in whatever order is fastest.
 
     Args:
         total: `[heads, rows, value_dim + 1]` float32: numerator, and denominator in the last column;
@@ -153,8 +159,9 @@ def fold(total: torch.Tensor, states: States, maximum: torch.Tensor, space: Work
     size = max(1, _BLOCK // (heads * padded * dim))
     for begin in range(0, n, size):
         block = States(*(part[begin : begin + size] for part in states))
-        for chunk in weigh(block, maximum, space):
-            total += chunk[:, :rows]
+        weighted = weigh(block, maximum, space)[:, :, :rows]
+        for chunk in weighted if ordered else [weighted.sum(0)]:
+            total += chunk
 
 
 def weigh(states: States, maximum: torch.Tensor, space: Workspace) -> torch.Tensor:

@@ -39,6 +39,7 @@ def attend_step(
     plan: StepPlan,
     scaling: float,
     space: Workspace,
+    ordered: bool = True,
 ) -> torch.Tensor:
     """One new token of each row against the shared chunks and the tails.
 
@@ -46,6 +47,7 @@ def attend_step(
         query: `[rows, query_heads, 1, dim]`.
         shared: the chunks of `plan.groups`, one block each.
         tails: all arena chunks in use, the new tokens already in them.
+        ordered: merge in the order of position, as exactness needs.
 
     Returns:
         `[rows, 1, query_heads, value_dim]` in the query's type.
@@ -68,7 +70,7 @@ def attend_step(
     value_dim = tails.values.shape[-1]
     total = maximum.new_zeros((heads, rows, folded, value_dim + 1))
     for index, states in parts:
-        _fold_shared(total, index, states, maximum, space)
+        _fold_shared(total, index, states, maximum, space, ordered)
     _fold_tails(total, last, maximum, plan, space)
     out = finish(total).transpose(0, 1).reshape(rows, 1, query_heads, value_dim)
     return out.to(query.dtype)
@@ -114,12 +116,14 @@ def _fold_shared(
     states: States,
     maximum: torch.Tensor,
     space: Workspace,
+    ordered: bool,
 ) -> None:
     if index is None:
-        fold(total.flatten(1, 2), states, maximum.flatten(1, 2), space)
+        fold(total.flatten(1, 2), states, maximum.flatten(1, 2), space, ordered)
         return
     chosen = total.index_select(1, index)
-    fold(chosen.flatten(1, 2), states, maximum.index_select(1, index).flatten(1, 2), space)
+    own = maximum.index_select(1, index).flatten(1, 2)
+    fold(chosen.flatten(1, 2), states, own, space, ordered)
     total.index_copy_(1, index, chosen)
 
 
@@ -146,6 +150,7 @@ def attend_prefill(
     plan: PrefillPlan,
     scaling: float,
     space: Workspace,
+    ordered: bool = True,
 ) -> torch.Tensor:
     """The new tokens of one sequence against its shared chunks, its tail and each other (causal).
 
@@ -168,7 +173,7 @@ def attend_prefill(
     for step in plan.steps(query_heads, heads, query.device):
         blocks = [*shared, Block(tail.keys[: step.seen], tail.values[: step.seen])]
         new = rows[:, step.begin : step.end]
-        total = _attend_rows(new.flatten(1, 2), blocks, step.hidden, scaling, space)
+        total = _attend_rows(new.flatten(1, 2), blocks, step.hidden, scaling, space, ordered)
         part = finish(total).view(heads, step.end - step.begin, folded, -1).transpose(0, 1)
         out[step.begin : step.end] = part.flatten(1, 2)
     return out.unsqueeze(0)
@@ -180,6 +185,7 @@ def _attend_rows(
     hidden: torch.Tensor,
     scaling: float,
     space: Workspace,
+    ordered: bool,
 ) -> torch.Tensor:
     """Rows `[heads, rows, dim]` against all blocks; the mask is the last block's."""
     count = rows.shape[1]
@@ -192,5 +198,5 @@ def _attend_rows(
     maximum = torch.stack([states.m.amax(0) for states in parts]).amax(0)
     total = maximum.new_zeros((*maximum.shape, blocks[0].values.shape[-1] + 1))
     for states in parts:
-        fold(total, states, maximum, space)
+        fold(total, states, maximum, space, ordered)
     return total[:, :count]

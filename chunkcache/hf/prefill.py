@@ -101,7 +101,8 @@ class Prefiller:
                 layers = range(len(layout.layers))
                 arena.copy_chunks([run.layer(layer) for layer in layers], at)
                 at += len(run)
-        return Batch(layout, [sequence], arena, self._gate, decisions=self.decisions)
+        exact = self.settings.mode == "exact"
+        return Batch(layout, [sequence], arena, self._gate, decisions=self.decisions, ordered=exact)
 
     def _reuse(self, tokens: int, limit: int, used: int, match: Match) -> Reuse:
         found = match.tokens
