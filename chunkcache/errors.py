@@ -14,8 +14,9 @@ ChunkcacheError
 │   ├── ModelChangedError       moved, re-typed or restructured since it was wrapped
 │   ├── AlreadyWrappedError     wrap() of what is wrapped already
 │   └── ClosedError             used after close()
-├── NotExactError               exact mode was required and could not be proved
-└── PoolExhaustedError          no room, and nothing may be evicted (MemoryError)
+├── QueueFullError              the server keeps no more waiting requests
+├── ReleasedLeaseError          KV of a released lease was asked for (RuntimeError)
+└── RunLengthError              a run of chunks of the wrong length (ValueError)
 """
 
 
@@ -84,9 +85,13 @@ class ClosedError(ModelStateError):
     """The wrapper was closed."""
 
 
-class NotExactError(ChunkcacheError):
-    """Exact mode could not be established; mode="fast" would run."""
+class QueueFullError(ChunkcacheError):
+    """As many requests wait as the server keeps; try again later."""
 
 
-class PoolExhaustedError(ChunkcacheError, MemoryError):
-    """The byte budget is spent on leased or pinned chunks, so nothing can be evicted."""
+class ReleasedLeaseError(ChunkcacheError, RuntimeError):
+    """The KV of a released lease was asked for; it may be somebody else's by now."""
+
+
+class RunLengthError(ChunkcacheError, ValueError):
+    """make_run or Run.split returned a run of another length than asked for."""

@@ -14,6 +14,7 @@ os.environ.update(
     TRANSFORMERS_VERBOSITY="error",
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     TOKENIZERS_PARALLELISM="false",
+    OMP_WAIT_POLICY="PASSIVE",  # threads that spin at barriers starve each other on busy cores
 )
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,7 +1,7 @@
 """Running requests: jobs, sampling, incremental text, and a worker that runs them one by one."""
 
 from chunkcache.engine.jobs import Answer, Delta, Event, Failed, Finished, Job, Result, Sampling
-from chunkcache.engine.runner import QueueFullError, Runner
+from chunkcache.engine.runner import Runner
 
 __all__ = [
     "Answer",
@@ -10,7 +10,6 @@ __all__ = [
     "Failed",
     "Finished",
     "Job",
-    "QueueFullError",
     "Result",
     "Runner",
     "Sampling",

@@ -14,16 +14,12 @@ from typing import TYPE_CHECKING
 
 from chunkcache.engine.generation import run_job
 from chunkcache.engine.jobs import Event, Failed, Finished, Job, Result
-from chunkcache.errors import ChunkcacheError, ClosedError
+from chunkcache.errors import ChunkcacheError, ClosedError, QueueFullError
 
 if TYPE_CHECKING:
     from chunkcache.hf import CachedModel
 
 _log = logging.getLogger(__name__)
-
-
-class QueueFullError(ChunkcacheError):
-    """As many requests wait as the server keeps; try again later."""
 
 
 class Runner:

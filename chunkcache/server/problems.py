@@ -6,12 +6,11 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from chunkcache.engine import QueueFullError
 from chunkcache.errors import (
     ClosedError,
-    PoolExhaustedError,
     PromptError,
     PromptTooLongError,
+    QueueFullError,
     UnsupportedRequestError,
 )
 
@@ -56,7 +55,5 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(str(error), status=503, code="queue_full")
     if isinstance(error, ClosedError):
         return ApiError(str(error), status=503, code="shutting_down")
-    if isinstance(error, PoolExhaustedError):
-        return ApiError(str(error), status=503, code="out_of_memory")
     name = type(error).__name__
     return ApiError(f"internal error ({name}); see the server's log", status=500, code="internal")

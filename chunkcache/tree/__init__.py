@@ -2,8 +2,8 @@
 
 from chunkcache.errors import InvalidTokensError
 from chunkcache.tree.keys import TOKEN_BYTES, common_prefix, pack, unpack
-from chunkcache.tree.lease import Lease, ReleasedLeaseError
-from chunkcache.tree.node import Inserted, Match, Miss, Node, Piece, Run, RunLengthError
+from chunkcache.tree.lease import Lease
+from chunkcache.tree.node import Inserted, Match, Miss, Node, Piece, Run
 from chunkcache.tree.policies import LFU, LRU, Policy, Priority
 from chunkcache.tree.prefix_tree import PrefixTree
 
@@ -21,9 +21,7 @@ __all__ = [
     "Policy",
     "PrefixTree",
     "Priority",
-    "ReleasedLeaseError",
     "Run",
-    "RunLengthError",
     "common_prefix",
     "pack",
     "unpack",

@@ -9,15 +9,11 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from chunkcache.errors import ChunkcacheError
+from chunkcache.errors import ReleasedLeaseError
 from chunkcache.tree.node import Match, Node, Piece
 
 if TYPE_CHECKING:
     from chunkcache.tree.prefix_tree import PrefixTree
-
-
-class ReleasedLeaseError(ChunkcacheError, RuntimeError):
-    """The KV of a released lease was asked for; it may be somebody else's by now."""
 
 
 class Growing:

@@ -17,14 +17,9 @@ import numpy as np
 import numpy.typing as npt
 from sortedcontainers import SortedList
 
-from chunkcache.errors import ChunkcacheError
 from chunkcache.tree.keys import TOKEN_BYTES, common_prefix, unpack
 
 NEVER = float("inf")  # the deadline of what does not expire
-
-
-class RunLengthError(ChunkcacheError, ValueError):
-    """make_run or Run.split returned a run of another length than asked for."""
 
 
 class Run(Protocol):

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+from chunkcache.errors import RunLengthError
 from chunkcache.tree.keys import TOKEN_BYTES, common_prefix, pack
 from chunkcache.tree.lease import Growing, Lease
 from chunkcache.tree.lifetimes import Lifetimes, seconds_of
@@ -27,7 +28,6 @@ from chunkcache.tree.node import (
     Node,
     Piece,
     Run,
-    RunLengthError,
     climb,
     nearest,
     pieces_to,

@@ -19,9 +19,10 @@ from typing import Any
 
 from sortedcontainers import SortedList
 
+from chunkcache.errors import RunLengthError
 from chunkcache.tree.ghosts import Ghosts
 from chunkcache.tree.keys import TOKEN_BYTES
-from chunkcache.tree.node import Miss, Node, Run, RunLengthError, climb, link, unlink
+from chunkcache.tree.node import Miss, Node, Run, climb, link, unlink
 from chunkcache.tree.policies import Policy
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from chunkcache.errors import ReleasedLeaseError, RunLengthError
 from chunkcache.tree import (
     LFU,
     Lease,
     Miss,
     PrefixTree,
     Priority,
-    ReleasedLeaseError,
-    RunLengthError,
 )
 
 from .oracle import Chunks, run_of
