@@ -28,6 +28,7 @@ _HOMES = {
         "InvalidTokensError",
         "ModelChangedError",
         "ModelStateError",
+        "PoolExhaustedError",
         "PromptError",
         "PromptTooLongError",
         "QueueFullError",

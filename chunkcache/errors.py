@@ -14,6 +14,7 @@ ChunkcacheError
 │   ├── ModelChangedError       moved, re-typed or restructured since it was wrapped
 │   ├── AlreadyWrappedError     wrap() of what is wrapped already
 │   └── ClosedError             used after close()
+├── PoolExhaustedError          the byte budget cannot hold what was asked for (MemoryError)
 ├── QueueFullError              the server keeps no more waiting requests
 ├── ReleasedLeaseError          KV of a released lease was asked for (RuntimeError)
 └── RunLengthError              a run of chunks of the wrong length (ValueError)
@@ -83,6 +84,10 @@ class AlreadyWrappedError(ModelStateError):
 
 class ClosedError(ModelStateError):
     """The wrapper was closed."""
+
+
+class PoolExhaustedError(ChunkcacheError, MemoryError):
+    """The byte budget cannot hold what was to be kept; nothing was pinned."""
 
 
 class QueueFullError(ChunkcacheError):

@@ -79,14 +79,15 @@ def partial(
     o, _ = space.get(name + ".o", (n, heads, rows, values.shape[-1]), keys.dtype)
     m, _ = space.get(name + ".m", (n, heads, rows))
     l, _ = space.get(name + ".l", (n, heads, rows))
-    if keys.dtype == torch.float32:
-        query, scaling = query * (scaling * LOG2E), 1.0
+    query = (query.float() * (scaling * LOG2E)).to(
+        keys.dtype
+    )  # before the product: float16 overflows
     size = max(1, _BLOCK // (heads * rows * chunk))
     seen = n - (0 if hidden is None else hidden.shape[0])
     for begin in range(0, n, size):
         end = min(n, begin + size)
         block = slice(begin, end)
-        scores = _scores(query if len(query) == 1 else query[block], keys[block], scaling, space)
+        scores = _scores(query if len(query) == 1 else query[block], keys[block], space)
         if hidden is not None and end > seen:
             first = max(begin, seen)
             scores[0][first - begin :].masked_fill_(hidden[first - seen : end - seen], -math.inf)
@@ -95,7 +96,7 @@ def partial(
 
 
 def _scores(
-    query: torch.Tensor, keys: torch.Tensor, scaling: float, space: Workspace
+    query: torch.Tensor, keys: torch.Tensor, space: Workspace
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores of a block in float32 and log2, and the padded buffer under them."""
     n, heads, dim, chunk = keys.shape
@@ -109,7 +110,7 @@ def _scores(
     else:
         raw, _ = space.get("raw", (n, heads, rows, chunk), keys.dtype)
         _product(query, keys, raw)
-        scores.copy_(raw).mul_(scaling * LOG2E)
+        scores.copy_(raw)
     return scores, flat
 
 

@@ -1,9 +1,11 @@
 """Seeded fictional shops: a system prompt of facts, and questions that only this prompt answers.
 
-An answer repeats its fact word for word, and each sentence names its subject first. The words just
-before a value (subject and verb) therefore single it out in the prompt, and a small model can learn
-to copy it. Subjects and values are drawn afresh for every shop: nothing about one shop helps with
-another, so a model that reads the keys and values of the wrong prompt answers wrongly.
+An answer repeats its fact word for word, and each sentence names its subject first. The few words
+just before a value (subject and verb) therefore single it out in the prompt, and a small model can
+learn to copy it. Every value is one token. An earlier model got wrong mostly what was not: opening
+times with minutes, telephone numbers in two groups, addresses with house numbers. Subjects and
+values are drawn afresh for every shop: nothing about one shop helps with another, so a model that
+reads the keys and values of the wrong prompt answers wrongly.
 
 Seeds below `HELD_OUT_SEED` are for training, seeds from it on for evaluation and tests.
 
@@ -72,18 +74,6 @@ def _word(choices: tuple[str, ...]) -> Callable[[random.Random], str]:
     return lambda rng: rng.choice(choices)
 
 
-def _clock(first: int, last: int) -> Callable[[random.Random], str]:
-    return lambda rng: f"{rng.randint(first, last)}:{rng.choice(('00', '15', '30', '45'))}"
-
-
-def _phone(rng: random.Random) -> str:
-    return f"{rng.randint(100, 599)} {rng.randint(100, 599)}"
-
-
-def _address(rng: random.Random) -> str:
-    return f"{rng.randint(10, 99)} {rng.choice(words.STREETS)}"
-
-
 PRODUCT_KINDS = (
     Kind(
         "{s} costs {v} dollars.",
@@ -130,25 +120,25 @@ BRANCH_KINDS = (
         "{s} opens at {v}.",
         "{s} opens at a time I do not know.",
         ("When does {s} open?", "From what time is {s} open?"),
-        _clock(6, 11),
+        _number(5, 12),
     ),
     Kind(
         "{s} closes at {v}.",
         "{s} closes at a time I do not know.",
         ("When does {s} close?", "Until what time is {s} open?"),
-        _clock(15, 22),
+        _number(14, 23),
     ),
     Kind(
-        "{s} lies at {v} Street.",
-        "{s} lies at a place I do not know.",
+        "{s} lies in {v} Street.",
+        "{s} lies in a street I do not know.",
         ("What is the address of {s}?", "How do I get to {s}?"),
-        _address,
+        _word(words.STREETS),
     ),
     Kind(
         "{s} has phone number {v}.",
         "{s} has a number I do not know.",
         ("How can I call {s}?", "What is the phone number of {s}?"),
-        _phone,
+        _number(100, 599),
     ),
 )
 STAFF_KINDS = (
@@ -189,8 +179,8 @@ POLICY_KINDS = (
 # How subjects of each group are made (every name at most once per shop), and how often the group
 # gives the next subject.
 _GROUPS = (
-    (PRODUCT_KINDS, 12),
-    (BRANCH_KINDS, 3),
+    (PRODUCT_KINDS, 10),
+    (BRANCH_KINDS, 5),
     (STAFF_KINDS, 4),
     (POLICY_KINDS, 1),
 )
@@ -268,7 +258,7 @@ def _products(rng: random.Random) -> list[str]:
 
 
 def _branches(rng: random.Random) -> list[str]:
-    return [f"the {city} branch" for city in rng.sample(words.CITIES, len(words.CITIES))]
+    return [f"our branch in {city}" for city in rng.sample(words.CITIES, len(words.CITIES))]
 
 
 def _staff(rng: random.Random) -> list[str]:

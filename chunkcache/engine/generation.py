@@ -91,6 +91,8 @@ def _run_rows(
         attention_mask=mask.to(cached.model.device),
         stopping_criteria=[watch],
         pad_token_id=pad,
+        num_beams=1,
+        num_return_sequences=1,
         **job.sampling.arguments(config.top_k),
     )
     watch.finish()

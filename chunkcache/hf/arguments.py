@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from chunkcache.errors import (
     AttentionMaskError,
@@ -31,6 +32,7 @@ _REFUSED: dict[str, str] = {
     "negative_prompt_ids": "classifier-free guidance runs the model with a cache of its own",
     "token_type_ids": "token types are not part of the prefix",
     "output_attentions": "attention weights are never formed",
+    "output_hidden_states": "hidden states of reused tokens are not computed",
     "position_ids": "positions follow from the prompt",
 }
 
@@ -54,8 +56,19 @@ def setting(name: str, kwargs: dict[str, Any], *configs: GenerationConfig | None
     return None
 
 
+_OURS = {"attention_mask", "use_cache", "tokenizer"}
+_CONFIG = set(vars(GenerationConfig()))
+_CALL = set(inspect.signature(GenerationMixin.generate).parameters) - {"self", "kwargs"}
+
+
 def refuse(kwargs: dict[str, Any], *configs: GenerationConfig | None) -> None:
     """Raises UnsupportedRequestError for arguments that cannot be combined with reuse."""
+    unknown = kwargs.keys() - _CONFIG - _CALL - _REFUSED.keys() - _OURS
+    if unknown:
+        raise UnsupportedRequestError(
+            f"{sorted(unknown)}: only token ids are part of a stored prefix, so nothing else may go "
+            "to the model's forward"
+        )
     for name, why in _REFUSED.items():
         value = setting(name, kwargs, *configs)
         if value is not None and value is not False:
@@ -129,6 +142,14 @@ def _pads(mask: torch.Tensor) -> list[int]:
             )
         pads.append(row.index(1))
     return pads
+
+
+def eos_ids(kwargs: dict[str, Any], *configs: GenerationConfig | None) -> set[int]:
+    """Ids that end a row."""
+    eos = setting("eos_token_id", kwargs, *configs)
+    if isinstance(eos, torch.Tensor):
+        eos = eos.flatten().tolist()
+    return set(eos if isinstance(eos, list | tuple) else [] if eos is None else [eos])
 
 
 def assumed_pad(kwargs: dict[str, Any], *configs: GenerationConfig | None) -> int | None:

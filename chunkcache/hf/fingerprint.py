@@ -20,6 +20,8 @@ from chunkcache.errors import ModelChangedError
 from chunkcache.hf.twin import tensors_of
 
 _SAMPLES = 16  # values watched per tensor
+_PLAIN = (bool, int, float, str, type(None))
+_VOLATILE = {"training", "_is_hf_initialized", "warnings_issued"}
 
 
 def digest_weights(model: PreTrainedModel) -> bytes:
@@ -60,6 +62,10 @@ def namespace(
         "transformers": transformers_version,
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
+        "matmul": torch.get_float32_matmul_precision(),
+        "tf32": [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32],
+        "onednn": torch.backends.mkldnn.enabled,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "tenant": tenant,
     }
     text = json.dumps(facts, sort_keys=True, default=str).encode()
@@ -80,7 +86,8 @@ class Watch:
         self._twin = dict(tensors_of(twin))
         tensors = tensors_of(model)
         self._places = self._where(tensors)
-        self._versions = [tensor._version for _, tensor in tensors]
+        self._structure = structure(model)
+        self._versions = [_version(tensor) for _, tensor in tensors]
         self._views = [_sample(tensor) for _, tensor in tensors]
         self._values = self._read()
 
@@ -103,9 +110,35 @@ class Watch:
             raise ModelChangedError(
                 "the model was moved, re-typed or restructured after wrapping; wrap it again"
             )
-        if [tensor._version for _, tensor in tensors] != self._versions:
+        if structure(self._model) != self._structure:
+            raise ModelChangedError(
+                "settings, hooks or forwards of the model changed after wrapping; wrap it again"
+            )
+        if [_version(tensor) for _, tensor in tensors] != self._versions:
             return True
         return not all(map(_same_bits, self._read(), self._values))
+
+
+def structure(model: PreTrainedModel) -> list[object]:
+    """What decides a model's answers besides its tensors, as far as Python shows it.
+
+    The configuration, and of every module its type, plain attributes, hooks and a forward of its own.
+    """
+    found: list[object] = [model.config.to_dict()]
+    for module in model.modules():
+        own = module.__dict__
+        plain = {
+            name: value
+            for name, value in own.items()
+            if isinstance(value, _PLAIN) and name not in _VOLATILE
+        }
+        hooks = (*module._forward_hooks, *module._forward_pre_hooks)
+        found.append((type(module), plain, hooks, id(own.get("forward"))))
+    return found
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:

@@ -17,15 +17,25 @@ from chunkcache.config import Config
 from chunkcache.errors import (
     AlreadyWrappedError,
     ClosedError,
+    PoolExhaustedError,
     PromptError,
+    PromptTooLongError,
     TrainingModeError,
+    UnsupportedRequestError,
 )
 from chunkcache.hf import arguments
 from chunkcache.hf.cache import ChunkCache
 from chunkcache.hf.fingerprint import Watch, digest_weights, namespace
 from chunkcache.hf.forward import ForwardHooks
 from chunkcache.hf.prefill import Prefiller, Row
-from chunkcache.hf.probe import Proof, check_model, exactness, position_limit, probe
+from chunkcache.hf.probe import (
+    Proof,
+    check_model,
+    exactness,
+    fixed_rope_limit,
+    position_limit,
+    probe,
+)
 from chunkcache.hf.twin import make_twin
 from chunkcache.kv.store import PrefixStore
 from chunkcache.lab.records import Reuse, Stats, TreeRow
@@ -64,24 +74,34 @@ class CachedModel:
         self.tokenizer = tokenizer
         self.settings = settings
         self._twin = make_twin(model)
-        self.proof: Proof = probe(
-            model, self._twin, settings.chunk_size, rows=settings.exactness == "auto"
-        )
-        exact_rows = settings.mode == "exact" and self.proof.rows > 0
-        ForwardHooks(self._twin, self.proof.rows if exact_rows else 1).install(self._twin)
+        self._hooks = ForwardHooks(self._twin)
+        self._hooks.install(self._twin)
+        self.proof: Proof = self._prove()
         self.store = PrefixStore(self.proof.layout, settings.budget, settings.policy)
-        borders = settings.mode == "exact" and not self.proof.rows
-        self._prefiller = Prefiller(self._twin, self.store, settings, borders)
+        self._prefiller = Prefiller(self._twin, self.store, settings, False, self._current)
+        self._apply_proof()
         self._limit = position_limit(model)
+        self._rope_limit = fixed_rope_limit(model)
         self._lock = threading.RLock()
         self._local = threading.local()
         self._last: list[Reuse] = []
-        self._running: dict[int, list[Batch]] = {}
+        self._running: dict[int, Batch] = {}
         self._sums: Counter[str] = Counter()
         self._misses: Counter[str] = Counter()
         self._named: dict[str, Counter[str]] = {}
         self._closed = False
         self._fingerprint()
+
+    # -- what was proved
+
+    def _prove(self) -> Proof:
+        rows = self.settings.exactness == "auto"
+        return probe(self.model, self._twin, self._hooks, self.settings.chunk_size, rows=rows)
+
+    def _apply_proof(self) -> None:
+        exact = self.settings.mode == "exact"
+        self._hooks.multiple = self.proof.rows if exact and self.proof.rows else 1
+        self._prefiller.borders = exact and not self.proof.rows
 
     # -- the namespace
 
@@ -95,7 +115,11 @@ class CachedModel:
             if self._watch.changed():
                 stale = self._name()
                 self._fingerprint()
-                self.store.drop(stale)
+                if stale != self._name():
+                    self.store.drop(stale)
+            if self.proof.threads != torch.get_num_threads():
+                self.proof = self._prove()
+                self._apply_proof()
             return self._name()
 
     def _name(self) -> bytes:
@@ -107,6 +131,10 @@ class CachedModel:
         }
         return namespace(self._twin, self._weights, arithmetic, self.settings.tenant)
 
+    def _current(self) -> bytes:
+        """The namespace that may be stored to: none after close()."""
+        return b"" if self._closed else self._namespace()
+
     # -- generate
 
     def generate(self, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
@@ -117,10 +145,11 @@ class CachedModel:
 
         Raises:
             PromptError: a prompt that cannot be run.
-            UnsupportedRequestError: an argument that reuse cannot be combined with.
+            UnsupportedRequestError: an argument, or autocast, that reuse cannot be combined with.
             TrainingModeError, ModelChangedError, ClosedError
         """
         self._check_usable()
+        self._local.last = []
         own = kwargs.pop("input_ids", None)
         configs = (generation_config, self.model.generation_config)
         arguments.refuse(kwargs, *configs)
@@ -132,45 +161,48 @@ class CachedModel:
             arguments.assumed_pad(kwargs, *configs),
         )
         copies = _copies(kwargs, *configs)
+        self._check_rope(prompts, kwargs, *configs)
         self._twin.generation_config = self.model.generation_config
         input_ids = inputs if own is None else own
+        ends = arguments.eos_ids(kwargs, *configs)
         with self._open(prompts.rows) as rows:
             cache = self._prepare(rows, prompts.pads, copies)
+            with self._counted(cache):
+                result = self._twin.generate(
+                    input_ids,
+                    generation_config=generation_config,
+                    attention_mask=prompts.mask,
+                    past_key_values=cache,
+                    **kwargs,
+                )
             self._note(rows)
-            result = self._run(rows, cache, input_ids, prompts.mask, generation_config, kwargs)
+            self._keep_answers(rows, cache, ends)
+        if getattr(result, "past_key_values", None) is not None:
+            result.past_key_values = None  # its chunks may be evicted from now on
         return result
 
-    def _run(
-        self,
-        rows: list[Row],
-        cache: ChunkCache,
-        input_ids: torch.Tensor,
-        mask: torch.Tensor,
-        generation_config: GenerationConfig | None,
-        kwargs: dict[str, Any],
-    ) -> Any:
-        key = id(cache)
-        prompts = [len(row.tokens) for row in rows for _ in range(cache.batch.rows // len(rows))]
-        with self._lock:
-            self._running[key] = [cache.batch]
-        try:
-            result = self._twin.generate(
-                input_ids,
-                generation_config=generation_config,
-                attention_mask=mask,
-                past_key_values=cache,
-                **kwargs,
+    def _check_rope(self, prompts: arguments.Prompts, kwargs: Any, *configs: Any) -> None:
+        if self._rope_limit is None:
+            return
+        new = arguments.setting("max_new_tokens", kwargs, *configs)
+        longest = arguments.setting("max_length", kwargs, *configs) or 20
+        end = longest if new is None else max(map(len, prompts.rows)) + new
+        if end > self._rope_limit:
+            raise PromptTooLongError(
+                f"prompt and answer may reach {end} tokens, but beyond {self._rope_limit} this "
+                "model's rotary embeddings change and KV can no longer be shared"
             )
-            if getattr(result, "past_key_values", None) is not None:
-                result.past_key_values = None  # its chunks may be evicted from now on
-            self._keep_answers(rows, cache)
-            return result
+
+    @contextmanager
+    def _counted(self, cache: ChunkCache) -> Iterator[None]:
+        """The request's tails are part of the statistics while it runs."""
+        with self._lock:
+            self._running[id(cache)] = cache.batch
+        try:
+            yield
         finally:
-            ends = [sequence.length + 1 for sequence in cache.batch.sequences]
             with self._lock:
-                del self._running[key]
-                for end, prompt in zip(ends, prompts, strict=True):
-                    self._sums["generated"] += max(0, end - prompt)
+                del self._running[id(cache)]
 
     @contextmanager
     def _open(self, prompts: list[list[int]]) -> Iterator[list[Row]]:
@@ -217,17 +249,31 @@ class CachedModel:
     def _after_prefill(self, row: Row) -> None:
         self._prefiller.publish(row)
 
-    def _keep_answers(self, rows: list[Row], cache: ChunkCache) -> None:
-        """Stores what was generated, so that a next turn finds it."""
-        if self._prefiller.borders or not self.settings.keep_answers:
-            return
+    def _keep_answers(self, rows: list[Row], cache: ChunkCache, ends: set[int]) -> None:
+        """Counts what was generated and stores it, so that a next turn finds it."""
+        keep = self.settings.keep_answers and not self._prefiller.borders
+        copies = cache.batch.rows // len(rows)
         for number, sequence in enumerate(cache.batch.sequences):
-            self._prefiller.store_tokens(rows[0].namespace, cache.batch, number, sequence.tokens)
+            prompt = len(rows[number // copies].tokens)
+            answer = sequence.tokens[prompt:]
+            end = next((at for at, token in enumerate(answer) if token in ends), None)
+            # The last token was sampled but never run; what follows an end is padding.
+            count = len(answer) + 1 if end is None else end + 1
+            tokens = sequence.tokens[: prompt + count]
+            with self._lock:
+                self._sums["generated"] += count
+            if keep:
+                space = rows[0].namespace
+                self._prefiller.store_tokens(space, cache.batch, number, tokens)
 
     def _check_usable(self) -> None:
         if self._closed:
             raise ClosedError("this wrapper was closed; wrap the model again")
         _check_eval(self.model)
+        if torch.is_autocast_enabled(self.model.device.type):
+            raise UnsupportedRequestError(
+                "autocast changes the type of KV in mid-model; load the model in that type instead"
+            )
 
     # -- records
 
@@ -255,7 +301,7 @@ class CachedModel:
         """Sums since wrap() and what is stored now."""
         trees, store = self.store.trees(), self.store
         with self._lock:
-            tails = [batch.arena.bytes for batches in self._running.values() for batch in batches]
+            tails = [batch.arena.bytes for batch in self._running.values()]
             return Stats(
                 model=str(self.model.config.model_type),
                 mode=self.settings.mode,
@@ -326,19 +372,28 @@ class CachedModel:
 
         Raises:
             PromptError: shorter than a chunk, or not a prompt.
+            PoolExhaustedError: the budget cannot hold it; nothing is pinned.
         """
         self._check_usable()
         ids = self._ids(prompt)
         arguments.read_prompts(torch.tensor([ids]), None, self.model, self._limit, None)
-        row = self._prefiller.open(self._namespace(), ids, len(ids))
+        space = self._namespace()
+        row = self._prefiller.open(space, ids, len(ids))
         try:
             self._prefiller.prefill(row, len(ids))
-            stored = self._prefiller.publish(row, name=name, pin=pin, ttl=ttl)
+            stored = self._prefiller.publish(row, name=name, ttl=ttl)
         finally:
             self._prefiller.close(row)
-        if not stored:
-            least = self.settings.border if self._prefiller.borders else self.settings.chunk_size
-            raise PromptError(f"{len(ids)} tokens were given; {least} are the least that is stored")
+        unit = self.settings.border if self._prefiller.borders else self.settings.chunk_size
+        if len(ids) < unit:
+            raise PromptError(f"{len(ids)} tokens were given; {unit} are the least that is stored")
+        if stored < len(ids) - len(ids) % unit:
+            raise PoolExhaustedError(
+                f"only {stored} of {len(ids)} tokens fit: what else is stored is in use or pinned; "
+                "raise device_bytes or flush()"
+            )
+        if pin:
+            self.store.tree(space).pin(ids[:stored], name, ttl)
         return stored
 
     def _ids(self, prompt: Any) -> list[int]:
@@ -359,13 +414,28 @@ class CachedModel:
     def close(self) -> None:
         """Drops the cache; generate() raises ClosedError from now on. The model is as it was."""
         self._closed = True
-        self.flush()
+        self.store.close()
 
     def __enter__(self) -> CachedModel:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def eval(self) -> CachedModel:
+        """Puts the model into evaluation mode, where it must be anyway."""
+        self.model.eval()
+        return self
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The wrapped model's own defaults for generate()."""
+        config: GenerationConfig = self.model.generation_config
+        return config
+
+    @generation_config.setter
+    def generation_config(self, config: GenerationConfig) -> None:
+        self.model.generation_config = config
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "model":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -43,13 +44,23 @@ class Prefiller:
     Args:
         borders: reuse and cut at multiples of `settings.border` only, and copy what is reused, so
             that a hit runs the very same products as a miss.
+        current: the namespace of the model as it is now; KV of a model that changed meanwhile is
+            not stored.
     """
 
-    def __init__(self, twin: PreTrainedModel, store: PrefixStore, settings: Config, borders: bool):
+    def __init__(
+        self,
+        twin: PreTrainedModel,
+        store: PrefixStore,
+        settings: Config,
+        borders: bool,
+        current: Callable[[], bytes],
+    ):
         self.twin = twin
         self.store = store
         self.settings = settings
         self.borders = borders
+        self.current = current
         self.decisions = Decisions()
         self.flights = Flights(settings.chunk_size)
         self._gate = Gate(settings.two_phase, settings.two_phase_rows, settings.two_phase_tokens)
@@ -164,6 +175,8 @@ class Prefiller:
         self, namespace: bytes, batch: Batch, row: int, tokens: list[int], **labels: object
     ) -> int:
         """Stores whole chunks of one row of a batch; returns how many tokens are stored now."""
+        if self.current() != namespace:
+            return 0
         shared = batch.sequences[row].shared_tokens // self.settings.chunk_size
 
         def blocks(first: int, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

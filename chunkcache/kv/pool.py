@@ -129,6 +129,16 @@ class Pool:
             self._give(length, slab, start)
             self.used -= run.count
 
+    def release(self) -> None:
+        """Gives all slabs back if no chunk is handed out."""
+        with self._lock:
+            if not self.used:
+                self._slabs.clear()
+                self._sizes.clear()
+                self._free.clear()
+                self._by_start.clear()
+                self._by_end.clear()
+
     def _grow(self, chunks: int) -> None:
         room = self.capacity - sum(self._sizes)
         if room <= 0:

@@ -26,7 +26,7 @@ class Flow:
 class PrefixStore:
     """Finds, keeps and drops chunks; the only place where tree and pool meet.
 
-    Thread-safe.
+    Thread-safe: one lock for all trees, because an insert into one may evict from another.
 
     Raises:
         ConfigError: `budget` is smaller than one chunk.
@@ -45,7 +45,10 @@ class PrefixStore:
         with self._lock:
             if namespace not in self._trees:
                 self._trees[namespace] = PrefixTree(
-                    self.layout.chunk_size, _POLICIES[self._policy](), on_evict=self._freed
+                    self.layout.chunk_size,
+                    _POLICIES[self._policy](),
+                    on_evict=self._freed,
+                    lock=self._lock,
                 )
             return self._trees[namespace]
 
@@ -115,6 +118,13 @@ class PrefixStore:
             if not tree.chunks:
                 del self._trees[namespace]
             return freed
+
+    def close(self) -> None:
+        """Drops all trees and gives the pool's memory back as far as nobody holds it."""
+        with self._lock:
+            for namespace in list(self._trees):
+                self.drop(namespace)
+            self.pool.release()
 
     def trees(self) -> list[PrefixTree]:
         """All trees."""

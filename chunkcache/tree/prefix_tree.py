@@ -52,7 +52,8 @@ class PrefixTree(View):
 
     `on_evict(run)` is told of every run that leaves; it may read the tree, not change it.
     `touch` is the order in which a request's path gets its use ticks: "leaf_first" (the tail is
-    older than the head) or "root_first". `ghosts` bounds the memory that explains misses.
+    older than the head) or "root_first". `ghosts` bounds the memory that explains misses. Trees that
+    share memory must share a `lock`, since an insert into one may evict from another.
 
     >>> tree = PrefixTree(chunk_size=2)
     >>> class Chunks(list):
@@ -77,6 +78,7 @@ class PrefixTree(View):
         *,
         touch: Literal["leaf_first", "root_first"] = "leaf_first",
         ghosts: int = 65_536,
+        lock: threading.RLock | None = None,
     ) -> None:
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
@@ -85,7 +87,7 @@ class PrefixTree(View):
         self.chunk_size = chunk_size
         self.touch = touch
         self._clock = clock
-        self._lock = threading.RLock()
+        self._lock = lock or threading.RLock()
         self._structure = Structure(chunk_size, policy or LRU(), on_evict, ghosts)
         self._lifetimes = Lifetimes(self._structure)
         self._open: set[Lease | Growing] = set()

@@ -20,6 +20,8 @@ from chunkcache.demo.facts import HELD_OUT_SEED, make_shop
 TOKENIZER = AutoTokenizer.from_pretrained(model_path())
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 ROLES = ("system", "user", "assistant")
+# Training checks itself on the first held-out shops; nothing was ever chosen by these.
+FRESH_SEED = HELD_OUT_SEED + 7000
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +77,13 @@ def test_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenize
 def test_reads_512_tokens_of_facts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    assert accuracy(model, tokenizer, 512, shops=8, questions_per_shop=10) >= 0.95
+    assert accuracy(model, tokenizer, 512, 12, 10, seed0=FRESH_SEED) >= 0.95
 
 
 def test_reads_2048_tokens_of_facts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    assert accuracy(model, tokenizer, 2048, shops=4, questions_per_shop=10) >= 0.85
+    assert accuracy(model, tokenizer, 2048, 5, 10, seed0=FRESH_SEED + 100) >= 0.85
 
 
 def test_knows_nothing_without_the_prompt(

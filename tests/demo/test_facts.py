@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import random
 
 import pytest
 
@@ -52,6 +53,15 @@ def test_a_question_has_one_answer() -> None:
         shop = make_shop(HELD_OUT_SEED + seed, fact_tokens=3072)
         starts = [qa.question for qa in shop.questions + shop.unknown]
         assert len(starts) == len(set(starts))
+
+
+def test_a_value_is_one_token() -> None:
+    """What the model copies is one word, or one number that the tokenizer has whole."""
+    kinds = (facts.PRODUCT_KINDS, facts.BRANCH_KINDS, facts.STAFF_KINDS, facts.POLICY_KINDS)
+    for kind in (kind for group in kinds for kind in group):
+        values = [kind.value(random.Random(seed)) for seed in range(200)]
+        assert all(facts.count_tokens(value) == 1 for value in values)
+        assert all(int(value) < 600 for value in values if value.isdigit())
 
 
 def test_bad_sizes() -> None:
