@@ -2,18 +2,18 @@
 
 A row is one query of one head. For every chunk the partial of a row is `(o, m, l)`: the maximum m of
 its scores, l = sum(2^(s - m)) and o = sum(2^(s - m) v) over the chunk's keys. Partials are merged
-under the row's overall maximum, in position order, by one multiplication and one addition per
-number. So what a row gets depends on the row and its keys alone: not on which chunks lay together
-in memory, which node they belong to, who shares them, or how many rows were computed at once. This
-needs of the library only that a row of a batched product does not depend on the number of rows and
-batches (true on CPUs from four rows up; the probe checks it for each model and machine).
+under the row's overall maximum: o in position order, l in fixed point, where order does not matter.
+So what a row gets depends on the row and its keys alone: not on which chunks lay together in memory,
+which node they belong to, who shares them, or how many rows were computed at once. This needs of the
+library only that a row of a batched product does not depend on the number of rows and batches (true
+on CPUs from four rows up; the probe checks it for each model and machine).
 
 **The logarithm's base is 2** inside: scores are scaled by log2(e), because exp2 is three times
 faster than exp on CPUs (0.28 against 0.82 ns per element). `natural()` converts a state for others.
 
 Rejected: torch's flash operator (rows change with their number); one product per 512 keys (no
-faster than 64, and a tail or a match that ends inside it would have to be padded or copied);
-fused multiply-add in the merge (vector and scalar code may round differently).
+faster than 64, and a tail or a match that ends inside it would have to be padded or copied); fused
+multiply-add in the merge (used by some code paths and not by others: tails came out differently).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from chunkcache.attention.workspace import Workspace
 LOG2E = math.log2(math.e)
 ROW_MULTIPLE = 4  # batched products give a row the same bits from four rows up
 _BLOCK = 2**19  # scores worked on at a time: 2 MiB, the second-level caches of two cores
+_UNIT = 2.0**40  # of fixed-point numbers
 _LOWEST = -1e30  # in place of -inf, so that a chunk without a visible key gives 0 and not NaN
 
 
@@ -37,6 +38,19 @@ class States(NamedTuple):
     o: torch.Tensor
     m: torch.Tensor
     l: torch.Tensor
+
+
+class Total(NamedTuple):
+    """Merged states: o `[..., rows, value_dim]` float32, and l `[..., rows]` in fixed point."""
+
+    o: torch.Tensor
+    l: torch.Tensor
+
+    @staticmethod
+    def zeros(*shape: int, like: torch.Tensor) -> Total:
+        """Nothing merged yet; `shape` is that of o."""
+        o = torch.zeros(shape, dtype=torch.float32, device=like.device)
+        return Total(o, torch.zeros(shape[:-1], dtype=torch.int64, device=like.device))
 
 
 def natural(states: States) -> States:
@@ -82,12 +96,16 @@ def partial(
     query = (query.float() * (scaling * LOG2E)).to(
         keys.dtype
     )  # before the product: float16 overflows
-    size = max(1, _BLOCK // (heads * rows * chunk))
+    size = min(n, max(1, _BLOCK // (heads * rows * chunk)))
     seen = n - (0 if hidden is None else hidden.shape[0])
+    repeated = len(query) == 1
+    if repeated and size > 1:
+        many, _ = space.get("query", (size, *query.shape[1:]), keys.dtype)
+        query = many.copy_(query)
     for begin in range(0, n, size):
         end = min(n, begin + size)
         block = slice(begin, end)
-        scores = _scores(query if len(query) == 1 else query[block], keys[block], space)
+        scores = _scores(query[: end - begin] if repeated else query[block], keys[block], space)
         if hidden is not None and end > seen:
             first = max(begin, seen)
             scores[0][first - begin :].masked_fill_(hidden[first - seen : end - seen], -math.inf)
@@ -99,11 +117,8 @@ def _scores(
     query: torch.Tensor, keys: torch.Tensor, space: Workspace
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores of a block in float32 and log2, and the padded buffer under them."""
-    n, heads, dim, chunk = keys.shape
+    n, heads, _, chunk = keys.shape
     rows = query.shape[2]
-    if len(query) != n or not query.is_contiguous():
-        many, _ = space.get("query", (n, heads, rows, dim), keys.dtype)
-        query = many.copy_(query)
     scores, flat = space.get("scores", (n, heads, rows, chunk))
     if keys.dtype == torch.float32:
         _product(query, keys, scores)
@@ -140,7 +155,7 @@ def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None
 
 
 def fold(
-    total: torch.Tensor,
+    total: Total,
     states: States,
     maximum: torch.Tensor,
     space: Workspace,
@@ -149,37 +164,45 @@ def fold(
     """Adds states to `total`: chunk by chunk in order, or in whatever order is fastest.
 
     Args:
-        total: `[heads, rows, value_dim + 1]` float32: numerator, and denominator in the last column;
-            it may have fewer rows than the states, whose last rows are then padding.
+        total: may have fewer rows than the states, whose last rows are then padding.
         maximum: `[heads, rows]`: the rows' maxima over everything they see, in log2.
     """
-    rows = total.shape[1]
-    n, heads, padded, dim = states.o.shape
-    if padded != maximum.shape[1]:
-        maximum = torch.nn.functional.pad(maximum, (0, padded - maximum.shape[1]))
-    size = max(1, _BLOCK // (heads * padded * dim))
-    for begin in range(0, n, size):
-        block = States(*(part[begin : begin + size] for part in states))
-        weighted = weigh(block, maximum, space)[:, :, :rows]
+    rows = total.o.shape[1]
+    missing = states.o.shape[2] - rows
+    scale = weights(states, torch.nn.functional.pad(maximum, (0, missing)), space)
+    total.l.add_(fixed_point(states.l * scale).sum(0)[:, :rows])
+    size = max(1, _BLOCK // states.o[0].numel())
+    for begin in range(0, len(states.o), size):
+        block = slice(begin, begin + size)
+        weighted = weigh(states.o[block], scale[block], space)[:, :, :rows]
         for chunk in weighted if ordered else [weighted.sum(0)]:
-            total += chunk
+            total.o.add_(chunk)
 
 
-def weigh(states: States, maximum: torch.Tensor, space: Workspace) -> torch.Tensor:
-    """States brought to a common maximum: `[n, heads, rows, value_dim + 1]`, l in the last column.
+def weigh(o: torch.Tensor, scale: torch.Tensor, space: Workspace) -> torch.Tensor:
+    """o `[n, heads, rows, value_dim]` times its weights, in float32; it lives until the next call.
 
-    `maximum` is broadcast against `[n, heads, rows]`. The result lives until the next call.
+    Multiplied and added in two roundings, not one: fused code would not be used everywhere.
     """
-    o, m, l = states
-    scale, flat = space.get("scale", tuple(m.shape))
-    torch.sub(m, maximum, out=scale)
+    weighted, _ = space.get("weighted", tuple(o.shape))
+    if o.dtype == torch.float32:
+        return torch.mul(o, scale.unsqueeze(-1), out=weighted)
+    return weighted.copy_(o).mul_(scale.unsqueeze(-1))
+
+
+def weights(states: States, maximum: torch.Tensor, space: Workspace) -> torch.Tensor:
+    """What brings states to a common maximum: `[n, heads, rows]`; `maximum` is broadcast to that."""
+    scale, flat = space.get("scale", tuple(states.m.shape))
+    torch.sub(states.m, maximum, out=scale)
     flat.exp2_()
-    weighted, _ = space.get("weighted", (*o.shape[:-1], o.shape[-1] + 1))
-    torch.mul(o, scale.unsqueeze(-1), out=weighted[..., :-1])
-    torch.mul(l, scale, out=weighted[..., -1])
-    return weighted
+    return scale
 
 
-def finish(total: torch.Tensor) -> torch.Tensor:
-    """Attention output `[..., value_dim]` from `[..., value_dim + 1]`."""
-    return total[..., :-1] / total[..., -1:]
+def fixed_point(x: torch.Tensor) -> torch.Tensor:
+    """Numbers from 0 to 2^22 in units of 2^-40, as integers: their sums do not depend on order."""
+    return (x * _UNIT).to(torch.int64)
+
+
+def finish(total: Total) -> torch.Tensor:
+    """Attention output, `[..., value_dim]` float32."""
+    return total.o / (total.l.to(torch.float64) / _UNIT).float().unsqueeze(-1)

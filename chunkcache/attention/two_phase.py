@@ -15,11 +15,14 @@ import torch
 
 from chunkcache.attention.partial import (
     States,
+    Total,
     finish,
+    fixed_point,
     fold,
     padded_rows,
     partial,
     weigh,
+    weights,
 )
 from chunkcache.attention.plan import PrefillPlan, StepPlan
 from chunkcache.attention.workspace import Workspace
@@ -68,7 +71,7 @@ def attend_step(
         m = last.m if ids is None else last.m.index_select(0, ids)
         _raise_to(maximum, index, m[:, :, :folded].transpose(0, 1))
     value_dim = tails.values.shape[-1]
-    total = maximum.new_zeros((heads, rows, folded, value_dim + 1))
+    total = Total.zeros(heads, rows, folded, value_dim, like=query)
     for index, states in parts:
         _fold_shared(total, index, states, maximum, space, ordered)
     _fold_tails(total, last, maximum, plan, space)
@@ -111,36 +114,42 @@ def _raise_to(maximum: torch.Tensor, index: torch.Tensor | None, m: torch.Tensor
 
 
 def _fold_shared(
-    total: torch.Tensor,
+    total: Total,
     index: torch.Tensor | None,
     states: States,
     maximum: torch.Tensor,
     space: Workspace,
     ordered: bool,
 ) -> None:
-    if index is None:
-        fold(total.flatten(1, 2), states, maximum.flatten(1, 2), space, ordered)
-        return
-    chosen = total.index_select(1, index)
-    own = maximum.index_select(1, index).flatten(1, 2)
-    fold(chosen.flatten(1, 2), states, own, space, ordered)
-    total.index_copy_(1, index, chosen)
+    own, top = total, maximum
+    if index is not None:
+        own = Total(total.o.index_select(1, index), total.l.index_select(1, index))
+        top = maximum.index_select(1, index)
+    flat = Total(own.o.flatten(1, 2), own.l.flatten(1, 2))
+    fold(flat, states, top.flatten(1, 2), space, ordered)
+    if index is not None:
+        total.o.index_copy_(1, index, own.o)
+        total.l.index_copy_(1, index, own.l)
 
 
 def _fold_tails(
-    total: torch.Tensor, states: States, maximum: torch.Tensor, plan: StepPlan, space: Workspace
+    total: Total, states: States, maximum: torch.Tensor, plan: StepPlan, space: Workspace
 ) -> None:
     folded = maximum.shape[2]
     top = maximum.index_select(1, plan.owner).transpose(0, 1)  # [chunks, heads, folded]
     missing = states.m.shape[2] - folded
-    top = torch.nn.functional.pad(top, (0, missing)) if missing else top
-    weighted = weigh(states, top, space)[:, :, :folded].transpose(0, 1)
+    scale = weights(states, torch.nn.functional.pad(top, (0, missing)), space)
+    l = fixed_point(states.l * scale)[:, :, :folded].transpose(0, 1)
+    o = weigh(states.o, scale, space)[:, :, :folded].transpose(0, 1)
     for ids, index in plan.levels:
-        level = weighted if ids is None else weighted.index_select(1, ids)
+        new = o if ids is None else o.index_select(1, ids)
+        new_l = l if ids is None else l.index_select(1, ids)
         if index is None:
-            total += level
+            total.o.add_(new)
+            total.l.add_(new_l)
         else:
-            total.index_copy_(1, index, total.index_select(1, index) + level)
+            total.o.index_add_(1, index, new)
+            total.l.index_add_(1, index, new_l)
 
 
 def attend_prefill(
@@ -186,7 +195,7 @@ def _attend_rows(
     scaling: float,
     space: Workspace,
     ordered: bool,
-) -> torch.Tensor:
+) -> Total:
     """Rows `[heads, rows, dim]` against all blocks; the mask is the last block's."""
     count = rows.shape[1]
     query = _pad(rows).unsqueeze(0)
@@ -196,7 +205,8 @@ def _attend_rows(
         name = f"b{number}"
         parts.append(partial(query, block.keys, block.values, scaling, space, name, mask))
     maximum = torch.stack([states.m.amax(0) for states in parts]).amax(0)
-    total = maximum.new_zeros((*maximum.shape, blocks[0].values.shape[-1] + 1))
+    maximum = maximum[:, :count]
+    total = Total.zeros(*maximum.shape, blocks[0].values.shape[-1], like=maximum)
     for states in parts:
         fold(total, states, maximum, space, ordered)
-    return total[:, :count]
+    return total

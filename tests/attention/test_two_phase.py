@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from chunkcache.attention import reference
 from chunkcache.attention.batch import Batch
-from chunkcache.attention.partial import finish, fold, natural, partial
+from chunkcache.attention.partial import Total, finish, fold, natural, partial
 from chunkcache.attention.plan import Decisions, Gate, group_rows
 from chunkcache.attention.workspace import Workspace, padded_size
 from chunkcache.kv import Arena, ChunkLayout, LayerShape, Pool
@@ -216,7 +216,7 @@ def test_merging_needs_no_order_of_calls_to_be_right():
     values = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 1, 8, 4).contiguous()
     states = partial(query, keys, values, 1.0, space, "t")
     maximum = states.m.amax(0)
-    total = torch.zeros(1, 4, 5)
+    total = Total.zeros(1, 4, 4, like=query)
     fold(total, states, maximum, space)
     assert torch.equal(finish(total), torch.ones(1, 4, 4))
 
