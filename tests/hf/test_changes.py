@@ -1,0 +1,139 @@
+"""What must not slip into a stored prefix: other arithmetic, other inputs, another model."""
+
+import threading
+
+import pytest
+import torch
+
+import chunkcache
+from chunkcache.attention.partial import partial
+from chunkcache.attention.workspace import Workspace
+from tests.models import FULL_ATTENTION, build, prompt, run, tiny, wrapped
+
+
+def test_large_scores_do_not_overflow_in_float16():
+    query = torch.full((1, 1, 4, 64), 40.0, dtype=torch.float16)
+    keys = torch.full((1, 1, 64, 16), 40.0, dtype=torch.float16)
+    values = torch.ones(1, 1, 16, 64, dtype=torch.float16)
+    states = partial(query, keys, values, 64**-0.5, Workspace(torch.device("cpu")), "t")
+    assert states.m.isfinite().all() and states.o.eq(16).all()
+
+
+def test_autocast_is_refused():
+    cached = wrapped(tiny("llama"))
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(chunkcache.UnsupportedRequestError, match="autocast"),
+    ):
+        run(cached, prompt(20))
+
+
+def test_another_matmul_precision_is_another_namespace():
+    cached = wrapped(tiny("llama"))
+    before = cached._namespace()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert cached._namespace() != before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize(
+    "extra", [{"pixel_values": 1}, {"output_hidden_states": True}, {"max_new_tokenz": 3}], ids=str
+)
+def test_what_is_not_in_the_prefix_is_refused(extra):
+    with pytest.raises(chunkcache.UnsupportedRequestError):
+        run(wrapped(tiny("llama")), prompt(20), **extra)
+
+
+def _hook(model):
+    model.model.layers[0].register_forward_hook(lambda *_: None)
+
+
+def _setting(model):
+    model.model.norm.variance_epsilon = 1.0
+
+
+def _config(model):
+    model.config.rms_norm_eps = 0.5
+
+
+@pytest.mark.parametrize("change", [_hook, _setting, _config])
+def test_changes_besides_weights_are_noticed(change):
+    model = build("llama", FULL_ATTENTION["llama"])
+    cached = wrapped(model)
+    run(cached, prompt(20))
+    change(model)
+    with pytest.raises(chunkcache.ModelChangedError):
+        run(cached, prompt(20))
+
+
+def test_rotary_embeddings_that_change_with_length_stay_in_their_fixed_part():
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    settings = FULL_ATTENTION["llama"] | {"rope_parameters": rope, "max_position_embeddings": 128}
+    cached = wrapped(build("llama", settings))
+    run(cached, prompt(100), new=28)
+    with pytest.raises(chunkcache.PromptTooLongError, match="rotary"):
+        run(cached, prompt(100), new=29)
+
+
+def test_a_preload_that_does_not_fit_pins_nothing():
+    cached = wrapped(tiny("llama"), device_bytes=16 * 512 * 4)
+    with pytest.raises(chunkcache.PoolExhaustedError):
+        cached.preload(prompt(100))
+    assert cached.stats().pinned_chunks == 0
+    assert cached.preload(prompt(64, seed=1)) == 64
+
+
+def test_a_change_that_changes_nothing_keeps_the_cache():
+    model = build("llama", FULL_ATTENTION["llama"])
+    cached = wrapped(model)
+    cached.preload(prompt(64))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.0)
+    run(cached, prompt(70))
+    assert cached.last_reuse[0].cached_tokens == 64
+
+
+def test_a_change_during_a_request_ends_its_storing():
+    model = build("llama", FULL_ATTENTION["llama"])
+    cached = wrapped(model)
+
+    def change(input_ids, scores, **_):
+        with torch.no_grad():
+            model.model.layers[0].self_attn.v_proj.weight.mul_(1.01)
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    run(cached, prompt(40), new=30, stopping_criteria=[change])
+    longest = max((row.start + row.tokens for row in cached.tree_rows()), default=0)
+    assert longest <= 40
+
+
+def test_two_namespaces_under_pressure_do_not_lock_each_other():
+    store = wrapped(tiny("llama"), device_bytes=16 * 512 * 6).store
+    zeros = [(torch.zeros(1), torch.zeros(1))] * len(store.layout.layers)
+
+    def fill(space):
+        for number in range(200):
+            store.publish(space, prompt(48, seed=number % 7), lambda first, count: zeros)
+
+    threads = [threading.Thread(target=fill, args=(space,), daemon=True) for space in (b"a", b"b")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+    store.check()
+
+
+def test_close_gives_the_memory_back():
+    cached = wrapped(tiny("llama"))
+    run(cached, prompt(40))
+    cached.close()
+    assert cached.store.pool.reserved_bytes == 0
+
+
+def test_only_real_answer_tokens_are_counted():
+    cached = wrapped(tiny("llama"))
+    run(cached, prompt(30), new=7)
+    assert cached.stats().generated_tokens == 7
