@@ -93,9 +93,8 @@ def partial(
     o, _ = space.get(name + ".o", (n, heads, rows, values.shape[-1]), keys.dtype)
     m, _ = space.get(name + ".m", (n, heads, rows))
     l, _ = space.get(name + ".l", (n, heads, rows))
-    query = (query.float() * (scaling * LOG2E)).to(
-        keys.dtype
-    )  # before the product: float16 overflows
+    # Scaled before the product: unscaled scores overflow float16.
+    query = (query.float() * (scaling * LOG2E)).to(keys.dtype)
     size = min(n, max(1, _BLOCK // (heads * rows * chunk)))
     seen = n - (0 if hidden is None else hidden.shape[0])
     repeated = len(query) == 1

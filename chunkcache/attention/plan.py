@@ -12,7 +12,7 @@ from chunkcache.attention.partial import padded_rows
 from chunkcache.kv.pool import PoolRun
 from chunkcache.kv.sequence import Sequence
 
-_BLOCK_SCORES = 2**23  # scores of a block of prefill; its partial outputs take 32 MiB at most
+_BLOCK_SCORES = 2**23  # scores of a block of prefill; its partial outputs take about 32 MiB
 
 
 class Gate(NamedTuple):
