@@ -35,8 +35,7 @@ class Config:
 
     Attributes:
         mode: "exact" (turning the cache on never changes an answer, bit for bit) or "fast".
-        chunk_size: tokens per chunk; also the segment of exact attention. A prefix shorter than
-            this is never stored.
+        chunk_size: tokens per chunk. A prefix shorter than this is never stored.
         device_bytes: budget of stored chunks on the model's device, as a number or "2GiB". The
             growing tails of running requests are counted in the statistics, not here.
         policy: which chunks leave first: "lru" or "lfu".
@@ -47,6 +46,8 @@ class Config:
         prefill_step: most tokens of one prefill forward.
         border: where prefill is cut if row invariance does not hold (the fallback of exact mode).
         exactness: "auto" probes for row invariance; "borders" forces the fallback.
+        kernel: of attention: "auto" takes the fastest that runs here, "native" insists on the
+            compiled one, "torch" avoids it. Two kernels differ in the last bits and share nothing.
         keep_answers: store the KV of generated tokens too, so that the next turn finds them.
         stores: colder tiers, such as "disk:DIR"; none is available in this version.
     """
@@ -62,6 +63,7 @@ class Config:
     prefill_step: int = 1024
     border: int = 512
     exactness: Literal["auto", "borders"] = "auto"
+    kernel: Literal["auto", "native", "torch"] = "auto"
     keep_answers: bool = True
     stores: tuple[str, ...] = ()
 
@@ -70,6 +72,8 @@ class Config:
             raise ConfigError(f"mode is {self.mode!r}; it can be 'exact' or 'fast'")
         if self.exactness not in ("auto", "borders"):
             raise ConfigError(f"exactness is {self.exactness!r}; it can be 'auto' or 'borders'")
+        if self.kernel not in ("auto", "native", "torch"):
+            raise ConfigError(f"kernel is {self.kernel!r}; it can be 'auto', 'native' or 'torch'")
         if self.policy not in ("lru", "lfu"):
             raise ConfigError(f"policy is {self.policy!r}; it can be 'lru' or 'lfu'")
         for name in ("chunk_size", "two_phase_rows", "two_phase_tokens", "prefill_step", "border"):

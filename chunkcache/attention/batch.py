@@ -9,17 +9,8 @@ from collections.abc import Sequence as Rows
 
 import torch
 
-from chunkcache.attention.plan import (
-    Decisions,
-    Gate,
-    Group,
-    PrefillPlan,
-    StepPlan,
-    group_rows,
-    plan_step,
-)
-from chunkcache.attention.two_phase import Block, attend_prefill, attend_step
-from chunkcache.attention.workspace import Workspace
+from chunkcache.attention.groups import Decisions, Gate, Group, group_rows
+from chunkcache.attention.kernel import Kernel, Plan
 from chunkcache.kv.arena import Arena
 from chunkcache.kv.layout import KV, ChunkLayout
 from chunkcache.kv.sequence import Sequence
@@ -37,21 +28,20 @@ class Batch:
         layout: ChunkLayout,
         sequences: list[Sequence],
         arena: Arena,
+        kernel: Kernel,
         gate: Gate | None = None,
-        space: Workspace | None = None,
         decisions: Decisions | None = None,
-        ordered: bool = True,
     ):
         self.layout = layout
         self.sequences = sequences
         self.arena = arena
+        self.kernel = kernel
         self.gate = gate or Gate()
-        self.space = space or Workspace(layout.device)
         self.decisions = decisions or Decisions()
-        self.ordered = ordered
         self.attended = 0
         self._groups: list[Group] | None = None
-        self._plan: StepPlan | PrefillPlan | None = None
+        self._plan: Plan | None = None
+        self._places: tuple[torch.Tensor, torch.Tensor] | None = None
         self._ids: list[list[int]] = []
 
     @property
@@ -76,15 +66,22 @@ class Batch:
             missing = sequence.missing_chunks(len(ids[0]))
             if missing:
                 sequence.tail += self.arena.extend(missing)
-        self._ids = ids
-        size = self.layout.chunk_size
+        self._ids, self._places = ids, None
         if self.rows == 1:
-            one = self.sequences[0]
-            self._plan = PrefillPlan(one.length, len(ids[0]), one.shared_tokens, size)
+            self._plan = self.kernel.prefill(self.sequences[0], len(ids[0]))
         else:
-            self._plan = plan_step(
-                self.sequences, self.groups(), self.arena.used, size, self.layout.device
-            )
+            self._plan = self.kernel.step(self.sequences, self.groups(), self.arena.used)
+            self._places = self._new_places()
+
+    def _new_places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The arena chunk and the offset in it of each row's new token."""
+        size = self.layout.chunk_size
+        places = []
+        for sequence in self.sequences:
+            depth, offset = divmod(sequence.length - sequence.shared_tokens, size)
+            places.append((sequence.tail[depth], offset))
+        where = torch.tensor(places, device=self.layout.device)
+        return where[:, 0], where[:, 1]
 
     def groups(self) -> list[Group]:
         """Shared runs and their rows; made again only after the batch changed."""
@@ -96,9 +93,8 @@ class Batch:
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Stores the new KV of one layer: keys `[rows, heads, tokens, dim]`, values alike."""
-        plan = self._plan
-        if isinstance(plan, StepPlan):
-            self.arena.append_step(layer, plan.chunk, plan.offset, keys[:, :, 0], values[:, :, 0])
+        if self._places is not None:
+            self.arena.append_step(layer, *self._places, keys[:, :, 0], values[:, :, 0])
             return
         sequence = self.sequences[0]
         own = sequence.length - sequence.shared_tokens
@@ -110,20 +106,15 @@ class Batch:
 
         Takes `[rows, query_heads, tokens, dim]`, gives `[rows, tokens, query_heads, value_dim]`.
         """
+        assert self._plan is not None, "attend() outside of begin() and end()"
         self.attended += 1
-        plan, tails = self._plan, Block(*self.arena.layer(layer))
-        if isinstance(plan, StepPlan):
-            shared = [Block(*group.run.layer(layer)) for group in plan.groups]
-            return attend_step(query, shared, tails, plan, scaling, self.space, self.ordered)
-        assert plan is not None, "attend() outside of begin() and end()"
-        shared = [Block(*run.layer(layer)) for run in self.sequences[0].shared]
-        return attend_prefill(query, shared, tails, plan, scaling, self.space, self.ordered)
+        return self._plan.attend(layer, query, self.arena.layer(layer), scaling)
 
     def end(self) -> None:
         """The forward is complete: its tokens are part of the sequences."""
         for sequence, ids in zip(self.sequences, self._ids, strict=True):
             sequence.tokens += ids
-        self._ids, self._plan = [], None
+        self._ids, self._plan, self._places = [], None, None
 
     def tail_blocks(self, row: int, first: int, count: int) -> list[KV]:
         """Copies of `count` chunks of one row's tail, from its chunk `first` on, a pair per layer."""
@@ -150,7 +141,7 @@ class Batch:
     def adopt(self, other: Batch) -> None:
         """Becomes the other batch (same layout), in place."""
         self.sequences, self.arena = other.sequences, other.arena
-        self._groups = self._plan = None
+        self._groups = self._plan = self._places = None
 
     @staticmethod
     def join(batches: Rows[Batch]) -> Batch:
@@ -170,6 +161,4 @@ class Batch:
         return first._like(joined, arena)
 
     def _like(self, sequences: list[Sequence], arena: Arena) -> Batch:
-        return Batch(
-            self.layout, sequences, arena, self.gate, self.space, self.decisions, self.ordered
-        )
+        return Batch(self.layout, sequences, arena, self.kernel, self.gate, self.decisions)

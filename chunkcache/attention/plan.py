@@ -1,4 +1,4 @@
-"""Which rows attend to which chunks: made once, and again only when the batch or its chunks change."""
+"""How the torch kernel takes a step or a prefill: index tensors and masks, the same for all layers."""
 
 from __future__ import annotations
 
@@ -8,89 +8,11 @@ from typing import NamedTuple
 
 import torch
 
+from chunkcache.attention.groups import Group
 from chunkcache.attention.partial import padded_rows
-from chunkcache.kv.pool import PoolRun
 from chunkcache.kv.sequence import Sequence
 
 _BLOCK_SCORES = 2**23  # scores of a block of prefill; its partial outputs take about 32 MiB
-
-
-class Gate(NamedTuple):
-    """When phase 1 is formed: the measured break-even, or never."""
-
-    enabled: bool = True
-    rows: int = 2
-    tokens: int = 64
-
-
-class Group(NamedTuple):
-    """Consecutive chunks and the rows that attend to them in one product."""
-
-    run: PoolRun
-    rows: tuple[int, ...]
-
-
-@dataclass
-class Decisions:
-    """How often phase 1 was formed, counted per plan and run of shared chunks."""
-
-    grouped: int = 0
-    refused: int = 0
-
-
-def group_rows(
-    sequences: Rows[Sequence], gate: Gate, chunk_size: int, decisions: Decisions | None = None
-) -> list[Group]:
-    """The shared runs of a batch with their rows, each row's in order of position.
-
-    Runs are cut where the set of rows changes and where memory is not contiguous. A run that only
-    one row reads, or that the gate refuses, becomes a group per row. O(rows x chunks).
-    """
-    slots = [_slots(sequence) for sequence in sequences]
-    groups: list[Group] = []
-    todo: list[tuple[list[int], int]] = [(list(range(len(slots))), 0)]
-    while todo:
-        rows, at = todo.pop()
-        branches: dict[tuple[int, int], list[int]] = {}
-        for row in rows:
-            if at < len(slots[row]):
-                branches.setdefault(slots[row][at], []).append(row)
-        for branch in branches.values():
-            end = _shared_until(slots, branch, at)
-            slab, start = slots[branch[0]][at]
-            run = PoolRun(sequences[branch[0]].shared[0].pool, slab, start, end - at)
-            groups += _gated(run, branch, gate, chunk_size, decisions)
-            todo.append((branch, end))
-    return groups
-
-
-def _slots(sequence: Sequence) -> list[tuple[int, int]]:
-    return [(run.slab, run.start + i) for run in sequence.shared for i in range(len(run))]
-
-
-def _shared_until(slots: list[list[tuple[int, int]]], rows: list[int], at: int) -> int:
-    """Where rows that agree at `at` part, or memory jumps."""
-    first = slots[rows[0]]
-    limit = min(len(slots[row]) for row in rows)
-    end = at + 1
-    while end < limit:
-        slab, start = first[end - 1]
-        if any(slots[row][end] != (slab, start + 1) for row in rows):
-            break
-        end += 1
-    return end
-
-
-def _gated(
-    run: PoolRun, rows: list[int], gate: Gate, chunk_size: int, decisions: Decisions | None
-) -> list[Group]:
-    if len(rows) == 1:
-        return [Group(run, tuple(rows))]
-    worth = gate.enabled and len(rows) >= gate.rows and len(run) * chunk_size >= gate.tokens
-    if decisions is not None:
-        decisions.grouped += worth
-        decisions.refused += not worth
-    return [Group(run, tuple(rows))] if worth else [Group(run, (row,)) for row in rows]
 
 
 @dataclass
@@ -102,7 +24,6 @@ class StepPlan:
         owner: `[tail chunks]` the row that owns each arena chunk.
         levels: per depth in the tails: (arena chunk ids, rows) as index tensors; None for "all, in order".
         hidden: `[tail chunks, 1, 1, chunk]` True behind the last token of a row.
-        chunk, offset: `[rows]` where each row's new token is written.
     """
 
     rows: int
@@ -110,8 +31,6 @@ class StepPlan:
     owner: torch.Tensor
     levels: list[tuple[torch.Tensor | None, torch.Tensor | None]]
     hidden: torch.Tensor
-    chunk: torch.Tensor
-    offset: torch.Tensor
     indexes: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
 
     def index(self, rows: tuple[int, ...]) -> torch.Tensor | None:
@@ -134,25 +53,15 @@ def plan_step(
     rows = len(sequences)
     owner = [0] * used
     filled = [chunk_size] * used
-    places = []
     for row, sequence in enumerate(sequences):
         new = sequence.length - sequence.shared_tokens  # where the new token goes in the tail
         for depth, chunk in enumerate(sequence.tail):
             owner[chunk] = row
             filled[chunk] = min(chunk_size, max(0, new + 1 - depth * chunk_size))
-        places.append((sequence.tail[new // chunk_size], new % chunk_size))
     ends = torch.tensor(filled, device=device).view(-1, 1, 1, 1)
     hidden = torch.arange(chunk_size, device=device) >= ends
-    where = torch.tensor(places, device=device)
-    return StepPlan(
-        rows,
-        groups,
-        torch.tensor(owner, device=device),
-        _levels(sequences, used, device),
-        hidden,
-        where[:, 0],
-        where[:, 1],
-    )
+    owners = torch.tensor(owner, device=device)
+    return StepPlan(rows, groups, owners, _levels(sequences, used, device), hidden)
 
 
 def _levels(

@@ -95,8 +95,10 @@ class CachedModel:
     # -- what was proved
 
     def _prove(self) -> Proof:
-        rows = self.settings.exactness == "auto"
-        return probe(self.model, self._twin, self._hooks, self.settings.chunk_size, rows=rows)
+        settings = self.settings
+        rows, kernel = settings.exactness == "auto", settings.kernel
+        size = settings.chunk_size
+        return probe(self.model, self._twin, self._hooks, size, rows=rows, kernel=kernel)
 
     def _apply_proof(self) -> None:
         exact = self.settings.mode == "exact"
@@ -127,6 +129,7 @@ class CachedModel:
             "chunk_size": self.settings.chunk_size,
             "mode": self.settings.mode,
             "rows": self.proof.rows,
+            "kernel": self.proof.kernel,
             "border": self.settings.border if self._prefiller.borders else 0,
         }
         return namespace(self._twin, self._weights, arithmetic, self.settings.tenant)
@@ -306,6 +309,7 @@ class CachedModel:
                 model=str(self.model.config.model_type),
                 mode=self.settings.mode,
                 exactness=exactness(self.proof, self.settings.mode),
+                kernel=self.proof.kernel,
                 tier="A",
                 chunk_size=self.settings.chunk_size,
                 token_bytes=store.layout.token_bytes,

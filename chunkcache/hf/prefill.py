@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from chunkcache.attention.batch import Batch
-from chunkcache.attention.plan import Decisions, Gate
+from chunkcache.attention.choice import choose
+from chunkcache.attention.groups import Decisions, Gate
 from chunkcache.config import Config
 from chunkcache.hf.cache import ChunkCache
 from chunkcache.hf.flights import Flight, Flights
@@ -63,6 +64,8 @@ class Prefiller:
         self.current = current
         self.decisions = Decisions()
         self.flights = Flights(settings.chunk_size)
+        ordered = settings.mode == "exact"
+        self._kernels = choose(store.layout, settings.kernel, ordered)
         self._gate = Gate(settings.two_phase, settings.two_phase_rows, settings.two_phase_tokens)
 
     # -- opening
@@ -112,8 +115,7 @@ class Prefiller:
                 layers = range(len(layout.layers))
                 arena.copy_chunks([run.layer(layer) for layer in layers], at)
                 at += len(run)
-        exact = self.settings.mode == "exact"
-        return Batch(layout, [sequence], arena, self._gate, decisions=self.decisions, ordered=exact)
+        return Batch(layout, [sequence], arena, self._kernels(layout), self._gate, self.decisions)
 
     def _reuse(self, tokens: int, limit: int, used: int, match: Match) -> Reuse:
         found = match.tokens
@@ -194,7 +196,7 @@ class Prefiller:
         keep = sequence.tail[drop:]
         arena = row.batch.arena.select(keep)
         moved = Sequence(layout.chunk_size, sequence.tokens, tuple(runs), list(range(len(keep))))
-        row.batch.adopt(Batch(layout, [moved], arena))
+        row.batch.adopt(Batch(layout, [moved], arena, row.batch.kernel))
 
     def land(self, row: Row) -> None:
         """Others need not wait for this row any longer."""

@@ -14,7 +14,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from chunkcache.attention.batch import Batch
-from chunkcache.attention.plan import Gate
+from chunkcache.attention.choice import Wanted, choose
+from chunkcache.attention.groups import Gate
 from chunkcache.errors import UnsupportedModelError
 from chunkcache.hf.cache import ChunkCache
 from chunkcache.hf.forward import ForwardHooks
@@ -37,6 +38,7 @@ class Proof:
         rows: the multiple that makes rows invariant; 0 if none does (then borders apply).
         error: largest difference of logits to the model's own forward.
         threads: of the libraries; another number may share work at other places.
+        kernel: name of the attention kernel it holds for.
     """
 
     layout: ChunkLayout
@@ -44,6 +46,7 @@ class Proof:
     error: float
     tokens: int
     threads: int
+    kernel: str
 
 
 def verify(model: PreTrainedModel, chunk_size: int = 64) -> VerifyReport:
@@ -66,7 +69,11 @@ def verify(model: PreTrainedModel, chunk_size: int = 64) -> VerifyReport:
         "proved" if proof.rows else "matrix products here do not give rows the same bits",
         proof.rows,
         dtype,
-        {"token_bytes": proof.layout.token_bytes, "probe_tokens": proof.tokens},
+        {
+            "token_bytes": proof.layout.token_bytes,
+            "probe_tokens": proof.tokens,
+            "kernel": proof.kernel,
+        },
     )
 
 
@@ -90,6 +97,7 @@ def probe(
     chunk_size: int,
     *,
     rows: bool = True,
+    kernel: Wanted = "auto",
 ) -> Proof:
     """Runs all checks; `rows=False` leaves row invariance out.
 
@@ -97,11 +105,12 @@ def probe(
 
     Raises:
         UnsupportedModelError: with the reason.
+        ConfigError: `kernel` is not to be had here.
     """
     kind = str(model.config.model_type)
     try:
         with torch.no_grad():
-            return _Probe(model, twin, hooks, chunk_size).run(rows)
+            return _Probe(model, twin, hooks, chunk_size, kernel).run(rows)
     except UnsupportedModelError:
         raise
     except _MODEL_ERRORS as error:
@@ -111,13 +120,19 @@ def probe(
 
 class _Probe:
     def __init__(
-        self, model: PreTrainedModel, twin: PreTrainedModel, hooks: ForwardHooks, chunk_size: int
+        self,
+        model: PreTrainedModel,
+        twin: PreTrainedModel,
+        hooks: ForwardHooks,
+        chunk_size: int,
+        kernel: Wanted,
     ):
         self.model = model
         self.twin = twin
         self.hooks = hooks
         self.kind = str(model.config.model_type)
         self.chunk_size = chunk_size
+        self.wanted = kernel
         embeddings = model.get_input_embeddings()
         self.tokens = self._length(embeddings.weight.shape[1])
         generator = torch.Generator().manual_seed(_SEED)
@@ -132,16 +147,19 @@ class _Probe:
 
     def run(self, rows: bool) -> Proof:
         layout = self.find_layout()
-        threads = torch.get_num_threads()
         self.hooks.multiple = 1
         error = self.parity(layout)
         for multiple in MULTIPLES if rows else ():
             self.hooks.multiple = multiple
             if self.invariant(layout):
-                return Proof(layout, multiple, error, self.tokens, threads)
+                return self._proof(layout, multiple, error)
         self.hooks.multiple = 1
         self.resumes(layout)
-        return Proof(layout, 0, error, self.tokens, threads)
+        return self._proof(layout, 0, error)
+
+    def _proof(self, layout: ChunkLayout, multiple: int, error: float) -> Proof:
+        name = choose(layout, self.wanted)(layout).name
+        return Proof(layout, multiple, error, self.tokens, torch.get_num_threads(), name)
 
     def find_layout(self) -> ChunkLayout:
         """What each layer caches, seen on the model's own cache after a short forward."""
@@ -173,7 +191,7 @@ class _Probe:
     def parity(self, layout: ChunkLayout) -> float:
         """Our forward in one piece against the model's own."""
         plain = self.model(input_ids=self._tensor(self.ids[0]), use_cache=False).logits[0].float()
-        batch = _single(layout)
+        batch = self.single(layout)
         ours = self.forward(batch, self.ids[0])[0].float()
         if batch.attended != len(layout.layers):
             raise UnsupportedModelError(
@@ -190,6 +208,11 @@ class _Probe:
             raise UnsupportedModelError(self.kind, reason)
         return error
 
+    def single(self, layout: ChunkLayout, sequence: Sequence | None = None) -> Batch:
+        """A batch of one row, empty or with shared chunks."""
+        kernel = choose(layout, self.wanted)(layout)
+        return Batch(layout, [sequence or Sequence(layout.chunk_size)], Arena(layout), kernel)
+
     def forward(self, batch: Batch, *ids: list[int]) -> torch.Tensor:
         """Logits `[rows, tokens, vocabulary]` of new ids, the same number for each row."""
         tensor = torch.tensor(ids, device=self.model.device)
@@ -199,7 +222,7 @@ class _Probe:
 
     def invariant(self, layout: ChunkLayout) -> bool:
         """Whether cuts, single tokens, shared chunks and other rows leave every bit as it is."""
-        whole = _single(layout)
+        whole = self.single(layout)
         reference = self.forward(whole, self.ids[0])[0]
         return (
             self._lengths(layout, reference)
@@ -211,13 +234,13 @@ class _Probe:
         """Prompts of other lengths: threads then share the work at other places."""
         for part in (0.97, 0.86, 0.71, 0.55, 0.37):
             length = int(self.tokens * part)
-            logits = self.forward(_single(layout), self.ids[0][:length])[0]
+            logits = self.forward(self.single(layout), self.ids[0][:length])[0]
             if not torch.equal(logits, reference[:length]):
                 return False
         return True
 
     def _cuts(self, layout: ChunkLayout, whole: Batch, reference: torch.Tensor) -> bool:
-        batch, ids = _single(layout), self.ids[0]
+        batch, ids = self.single(layout), self.ids[0]
         sizes = [self.chunk_size - 1, 1, 2, 1, 5, 1, self.chunk_size, 13, 1, 33, 3]
         while (at := batch.sequences[0].length) < self.tokens:
             size = sizes.pop(0) if sizes else self.tokens - at
@@ -239,10 +262,12 @@ class _Probe:
         for layer in range(len(layout.layers)):
             for to, source in zip(run.layer(layer), whole.arena.layer(layer, 1), strict=True):
                 to.copy_(source)
-        resumed = _single(layout, Sequence(self.chunk_size, self.ids[0][: self.chunk_size], (run,)))
+        resumed = self.single(
+            layout, Sequence(self.chunk_size, self.ids[0][: self.chunk_size], (run,))
+        )
         if length > self.chunk_size:
             self.forward(resumed, self.ids[0][self.chunk_size : length])
-        others = [_single(layout), _single(layout)]
+        others = [self.single(layout), self.single(layout)]
         self.forward(others[0], self.ids[1][: length // 2])
         self.forward(others[1], self.ids[2][:7])
         together = Batch.join([others[0], resumed, others[1], resumed])
@@ -256,15 +281,11 @@ class _Probe:
 
     def resumes(self, layout: ChunkLayout) -> None:
         """Without row invariance a resumed forward must still agree within rounding."""
-        batch, middle = _single(layout), self.tokens // 2
-        whole = self.forward(_single(layout), self.ids[0])[0].float()
+        batch, middle = self.single(layout), self.tokens // 2
+        whole = self.forward(self.single(layout), self.ids[0])[0].float()
         self.forward(batch, self.ids[0][:middle])
         rest = self.forward(batch, self.ids[0][middle:])[0].float()
         self._within(rest, whole[middle:], "a resumed forward")
-
-
-def _single(layout: ChunkLayout, sequence: Sequence | None = None) -> Batch:
-    return Batch(layout, [sequence or Sequence(layout.chunk_size)], Arena(layout))
 
 
 def position_limit(model: PreTrainedModel) -> int | None:

@@ -54,11 +54,13 @@ class Stats:
         phase_one, phase_one_refused: shared runs attended to by several rows in one product, and
             those the gate left to single rows.
         exactness: "bit-exact rows", "bit-exact at borders" or "within tolerance".
+        kernel: what computes attention.
     """
 
     model: str
     mode: str
     exactness: str
+    kernel: str
     tier: str
     chunk_size: int
     token_bytes: int

@@ -90,6 +90,7 @@ def _reuse(stats: Mapping[str, Any]) -> Table:
             "computed": number(prompt - cached),
             "generated tokens": number(stats["generated_tokens"]),
             "model": f"{stats['model']}, {stats['mode']} mode, {stats['exactness']}",
+            "attention kernel": stats["kernel"],
         },
     )
 

@@ -1,6 +1,9 @@
 """Two-phase attention against one plain softmax, and against itself cut in every other way."""
 
+import functools
 import math
+import os
+import shutil
 
 import pytest
 import torch
@@ -9,8 +12,11 @@ from hypothesis import strategies as st
 
 from chunkcache.attention import reference
 from chunkcache.attention.batch import Batch
+from chunkcache.attention.groups import Decisions, Gate, group_rows
+from chunkcache.attention.native.kernel import NativeKernel
+from chunkcache.attention.native.library import SETS, libraries
 from chunkcache.attention.partial import Total, finish, fold, natural, partial
-from chunkcache.attention.plan import Decisions, Gate, group_rows
+from chunkcache.attention.torch_kernel import TorchKernel
 from chunkcache.attention.workspace import Workspace, padded_size
 from chunkcache.kv import Arena, ChunkLayout, LayerShape, Pool
 from chunkcache.kv.sequence import Sequence
@@ -18,26 +24,44 @@ from chunkcache.kv.sequence import Sequence
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
+KERNELS = {"torch": TorchKernel} | {
+    name: functools.partial(NativeKernel, library=library, instructions=name)
+    for name, library in libraries()[0].items()
+}
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request, device):
+    """Every kernel that runs here."""
+    if request.param != "torch" and device != "cpu":
+        pytest.skip("native kernels are for CPUs")
+    return KERNELS[request.param]
+
+
 class World:
     """One long sequence, its chunks in a pool, and its attention done at once."""
 
-    def __init__(self, heads, folded, dim, chunk, length, dtype, seed=0, device="cpu"):
+    def __init__(
+        self, heads, folded, dim, chunk, length, dtype, seed=0, device="cpu", kernel=TorchKernel
+    ):
         torch.manual_seed(seed)
         self.layout = ChunkLayout(
             (LayerShape(heads, dim, dim),), chunk, dtype, torch.device(device)
         )
         self.length, self.chunk = length, chunk
+        self.kernel = kernel
         self.keys = torch.randn(heads, length, dim).to(dtype).to(device)
         self.values = torch.randn(heads, length, dim).to(dtype).to(device)
         self.query = torch.randn(1, heads * folded, length, dim).to(dtype).to(device)
         self.scaling = dim**-0.5
-        self.pool = Pool(self.layout, self.layout.chunk_bytes * 200)
+        self.pool = Pool(self.layout, self.layout.chunk_bytes * 1000)
         whole = self.batch([])
         self.full = self.forward(whole, 0, length)
         self.arena = whole.arena
 
     def batch(self, runs, gate=None):
-        return Batch(self.layout, [self.sequence(runs)], Arena(self.layout), gate)
+        kernel = self.kernel(self.layout)
+        return Batch(self.layout, [self.sequence(runs)], Arena(self.layout), kernel, gate)
 
     def sequence(self, runs):
         tokens = sum(map(len, runs)) * self.chunk
@@ -74,13 +98,21 @@ class World:
         return at, out[:, 0]
 
 
-SHAPES = [(4, 4, 64, 64), (2, 1, 16, 16), (1, 8, 32, 64), (3, 2, 80, 32), (4, 2, 8, 16)]
+SHAPES = [
+    (4, 4, 64, 64),
+    (2, 1, 16, 16),
+    (1, 8, 32, 64),
+    (3, 2, 80, 32),
+    (4, 2, 8, 16),
+]
+ODD = [(2, 3, 9, 5), (1, 130, 16, 128)]  # torch's products are not row-invariant for all of these
+CASES = [(name, shape) for name in KERNELS for shape in SHAPES + (ODD if name != "torch" else [])]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_reference_agrees(shape, dtype, device):
-    world = World(*shape, length=3 * shape[3] + 5, dtype=dtype, device=device)
+@pytest.mark.parametrize("shape", SHAPES + ODD, ids=str)
+def test_the_reference_agrees(shape, dtype, device, kernel):
+    world = World(*shape, length=3 * shape[3] + 5, dtype=dtype, device=device, kernel=kernel)
     expected = reference.attend(
         world.query[0].double(),
         world.keys.double(),
@@ -92,13 +124,15 @@ def test_the_reference_agrees(shape, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("name", "shape"), CASES, ids=str)
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
-def test_no_cut_no_company_no_layout_shows(shape, dtype, data):
+def test_no_cut_no_company_no_layout_shows(name, shape, dtype, data):
     chunk = shape[3]
-    world = World(*shape, length=4 * chunk + chunk // 2 + 3, dtype=dtype)
-    layouts = [world.runs(*lengths) for lengths in ((4,), (1, 3), (2, 1, 1), (3,))]
+    segment = max(1, 512 // chunk)  # of the native kernel: two runs end inside one, one at its end
+    world = World(*shape, length=(segment + 3) * chunk + 3, dtype=dtype, kernel=KERNELS[name])
+    cuts = ((4,), (1, 3), (2, 1, 1), (3,), (segment,), (segment, 2), (1, segment + 1))
+    layouts = [world.runs(*lengths) for lengths in cuts if sum(lengths) <= segment + 2]
     rows = []
     for _ in range(data.draw(st.integers(1, 6))):
         runs = data.draw(st.sampled_from(layouts))
@@ -119,6 +153,52 @@ def test_no_cut_no_company_no_layout_shows(shape, dtype, data):
     together = together.select(order)
     at, out = world.step(together)
     assert torch.equal(out, world.full[at])
+
+
+def test_native_kernels_are_built_where_they_can_be():
+    """A build that fails is not an error, since a compiler is optional; it must not go unnoticed."""
+    found, missing = libraries()
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler and os.uname().machine == "x86_64":
+        assert all(name in found or "lacks" in missing[name] for name in SETS), missing
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_do_not_show(threads, kernel):
+    before = torch.get_num_threads()
+    full = World(2, 3, 32, 16, 300, torch.bfloat16, kernel=kernel).full
+    try:
+        torch.set_num_threads(threads)
+        assert torch.equal(World(2, 3, 32, 16, 300, torch.bfloat16, kernel=kernel).full, full)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_what_is_not_a_number_is_not_hidden(value, kernel, device):
+    world = World(1, 2, 16, 16, 40, torch.float32, device=device, kernel=kernel)
+    world.keys[0, 20, 3] = value
+    batch = world.batch([])
+    out = world.forward(batch, 0, 40)
+    assert out[:20].isfinite().all()
+    assert out[21:].isnan().any(), "as plain attention gives it"
+
+
+def test_scores_of_any_size(kernel, device):
+    """No overflow, and weights that vanish vanish."""
+    world = World(1, 1, 16, 16, 40, torch.float32, device=device, kernel=kernel)
+    for scale in (1e-4, 30.0, 3000.0):
+        world.query *= scale
+        expected = reference.attend(
+            world.query[0].double(),
+            world.keys.double(),
+            world.values.double(),
+            torch.arange(40, device=device),
+            world.scaling,
+        )
+        out = world.forward(world.batch([]), 0, 40)
+        torch.testing.assert_close(out.double(), expected, atol=2e-3, rtol=2e-3)
+        world.query /= scale
 
 
 def test_groups_follow_the_chunks_that_rows_share():

@@ -24,6 +24,7 @@ def stats() -> Stats:
         model="llama",
         mode="exact",
         exactness="bit-exact rows",
+        kernel="native avx2 1",
         tier="A",
         chunk_size=64,
         token_bytes=3072,

@@ -1,0 +1,49 @@
+"""Which compiled modules there are, and which of them this processor can run.
+
+They are optional: where no compiler was at hand when chunkcache was installed, or the processor is
+of another kind, the torch kernel does the work. Their threads are torch's own: they are compiled
+for OpenMP but linked to none, so that its symbols are those that torch brought into the process.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from typing import Protocol
+
+import torch  # before the modules: it brings the symbols they need
+
+Shape = tuple[int, int, int, int, int, int, float, int]
+SETS = ("avx512bf16", "avx512", "avx2")  # the best first
+
+
+class Library(Protocol):
+    """A compiled module; the meaning of the arguments is with the functions in native.cpp."""
+
+    def prefill(self, shape: Shape, *arguments: int) -> None:
+        """New tokens of one sequence."""
+
+    def step(self, shape: Shape, *arguments: int) -> None:
+        """One new token of each of many sequences."""
+
+    def state_floats(self, shape: Shape, rows: int, segments: int) -> int:
+        """Memory for the states of a step."""
+
+
+@cache
+def libraries() -> tuple[dict[str, Library], dict[str, str]]:
+    """The modules that run here by instruction set, best first; and why the others do not."""
+    assert torch.__version__  # see the import
+    found: dict[str, Library] = {}
+    missing: dict[str, str] = {}
+    for name in SETS:
+        try:
+            module = import_module(f"chunkcache.attention.native._{name}")
+        except ImportError as error:
+            missing[name] = str(error)
+            continue
+        if module.supported():
+            found[name] = module
+        else:
+            missing[name] = "the processor lacks these instructions"
+    return found, missing

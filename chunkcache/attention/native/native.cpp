@@ -1,0 +1,639 @@
+// Attention over chunks for x86 processors, compiled once per instruction set.
+//
+// The arithmetic of a row (one query of one head) is fixed and depends on nothing but the row and its
+// keys. Positions are cut into segments of whole chunks. Inside a segment chunks are folded one after
+// another into a running (o, m, l): maximum m of the scores in log2, l = sum 2^(s - m) and
+// o = sum 2^(s - m) v. Segments are merged in the order of position. Every product of a chunk runs
+// over its whole width with invisible keys weighted zero, and every number of a register tile has its
+// own chain of fused multiply-adds, so neither the rows computed together, nor which node a chunk
+// belongs to, nor whether its keys came all at once or one by one shows in a single bit.
+//
+// prefill() takes new tokens of one sequence, step() one new token of each of many sequences, where
+// rows that share chunks meet them in one tile (ChunkAttention, Ye et al., 2024, arXiv:2402.15220).
+
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030B0000
+#include <Python.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "simd.h"
+
+#define UNROLL _Pragma("GCC unroll 8")
+
+#ifndef MODULE
+#error "name the module: -DMODULE=_avx2"
+#endif
+
+namespace {
+
+using simd::Floats;
+using simd::kColumns;
+using simd::kRows;
+using simd::kWidth;
+
+constexpr float kLowest = -1e30f;  // in place of minus infinity: differences of it stay numbers
+constexpr float kInfinity = __builtin_inff();
+constexpr float kLog2e = 1.44269504088896340736f;
+constexpr int kTileRows = 128;  // rows that share one unpacking of a chunk, unless a head has more
+
+enum Type { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+
+struct Shape {
+  int heads, folded, dim, value_dim, chunk, segment;
+  float scale;
+  int type;
+
+  int tile_rows() const { return std::max(kTileRows, folded); }
+  int columns() const { return padded(chunk); }      // of a row of scores
+  int value_columns() const { return padded(value_dim); }
+  static int padded(int n) { return (n + kWidth - 1) / kWidth * kWidth; }
+  size_t item() const { return type == kFloat32 ? 4 : 2; }
+  size_t key_head() const { return item() * dim * chunk; }
+  size_t value_head() const { return item() * chunk * value_dim; }
+};
+
+// ---------------------------------------------------------------- memory
+
+template <class T>
+class Buffer {  // aligned, growing, contents lost on growth
+ public:
+  ~Buffer() { std::free(data_); }
+  T* get(size_t count) {
+    if (count > size_) {
+      std::free(data_);
+      data_ = static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64));
+      size_ = data_ ? count : 0;
+      if (!data_) throw std::bad_alloc();
+    }
+    return data_;
+  }
+
+ private:
+  T* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// ---------------------------------------------------------------- products
+
+// What one step along the depth of a product multiplies: a float, or a pair of bfloat16.
+struct Single {
+  using Unit = float;
+  using Row = Floats;
+  static Row spread(Unit x) { return simd::all(x); }
+  static Row load(const Unit* p) { return simd::load(p); }
+  static Floats multiply_add(Row a, Row b, Floats c) { return simd::fma(a, b, c); }
+};
+
+#if defined(__AVX512BF16__)
+constexpr bool kPairs = true;
+struct Pair {
+  using Unit = uint32_t;
+  using Row = __m512i;
+  static Row spread(Unit x) { return _mm512_set1_epi32(static_cast<int>(x)); }
+  static Row load(const Unit* p) { return _mm512_loadu_si512(p); }
+  static Floats multiply_add(Row a, Row b, Floats c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+};
+#else
+constexpr bool kPairs = false;
+using Pair = Single;
+#endif
+
+// c = c * scale + a b for R rows of a and C vectors of columns; without scale, c = a b.
+template <class Op, int R, int C>
+inline void tile(const typename Op::Unit* a, int lda, const typename Op::Unit* b, int ldb, int depth,
+                 float* c, int ldc, const float* scale) {
+  Floats sum[R][C];
+  UNROLL for (int r = 0; r < R; ++r) {
+    const Floats factor = simd::all(scale ? scale[r] : 0.0f);
+    UNROLL for (int j = 0; j < C; ++j)
+      sum[r][j] = scale ? simd::mul(simd::load(c + r * ldc + j * kWidth), factor) : simd::all(0.0f);
+  }
+  for (int k = 0; k < depth; ++k, b += ldb) {
+    typename Op::Row row[C];
+    UNROLL for (int j = 0; j < C; ++j) row[j] = Op::load(b + j * kWidth);
+    UNROLL for (int r = 0; r < R; ++r) {
+      const typename Op::Row x = Op::spread(a[r * lda + k]);
+      UNROLL for (int j = 0; j < C; ++j) sum[r][j] = Op::multiply_add(x, row[j], sum[r][j]);
+    }
+  }
+  UNROLL for (int r = 0; r < R; ++r)
+    UNROLL for (int j = 0; j < C; ++j) simd::store(c + r * ldc + j * kWidth, sum[r][j]);
+}
+
+template <class Op, int R>
+inline void product(const typename Op::Unit* a, int lda, const typename Op::Unit* b, int ldb, int depth, int columns,
+                    float* c, int ldc, const float* scale) {
+  int vectors = columns / kWidth, j = 0;
+  for (; j + kColumns <= vectors; j += kColumns)
+    tile<Op, R, kColumns>(a, lda, b + j * kWidth, ldb, depth, c + j * kWidth, ldc, scale);
+  for (; j < vectors; ++j) tile<Op, R, 1>(a, lda, b + j * kWidth, ldb, depth, c + j * kWidth, ldc, scale);
+}
+
+// ---------------------------------------------------------------- unpacking
+
+inline float to_float(uint16_t x, int type) {
+  uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float value;
+  if (type == kBfloat16)
+    std::memcpy(&value, &bits, 4);
+  else
+    value = _cvtsh_ss(x);
+  return value;
+}
+
+void widen(const void* from, int type, int count, float* to) {
+  if (type == kFloat32) {
+    std::memcpy(to, from, count * sizeof(float));
+    return;
+  }
+  auto* p = static_cast<const uint16_t*>(from);
+  int i = 0;
+  for (; i + kWidth <= count; i += kWidth)
+    simd::store(to + i, type == kBfloat16 ? simd::from_bfloat16(p + i) : simd::from_float16(p + i));
+  for (; i < count; ++i) to[i] = to_float(p[i], type);
+}
+
+// `rows` rows of `count` numbers as float32, each row padded with zeros to `width`.
+void unpack(const void* from, int type, int rows, int count, int width, float* to) {
+  size_t stride = count * (type == kFloat32 ? 4 : 2);
+  for (int r = 0; r < rows; ++r, to += width) {
+    widen(static_cast<const char*>(from) + r * stride, type, count, to);
+    std::fill(to + count, to + width, 0.0f);
+  }
+}
+
+#if defined(__AVX512BF16__)
+// Two rows of bfloat16 as one row of pairs; the second may be missing.
+void interleave(const uint16_t* a, const uint16_t* b, int count, int width, uint32_t* to) {
+  int i = 0;
+  if (b) {
+    alignas(64) static const uint16_t low[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                 8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i first = _mm512_load_si512(low);
+    const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    for (; i + 32 <= count; i += 32) {
+      __m512i x = _mm512_loadu_si512(a + i), y = _mm512_loadu_si512(b + i);
+      _mm512_storeu_si512(to + i, _mm512_permutex2var_epi16(x, first, y));
+      _mm512_storeu_si512(to + i + 16, _mm512_permutex2var_epi16(x, second, y));
+    }
+  }
+  for (; i < count; ++i) to[i] = a[i] | (b ? static_cast<uint32_t>(b[i]) << 16 : 0u);
+  std::fill(to + count, to + width, 0u);
+}
+
+void unpack_pairs(const void* from, int rows, int count, int width, uint32_t* to) {
+  auto* p = static_cast<const uint16_t*>(from);
+  for (int r = 0; r < rows; r += 2, to += width)
+    interleave(p + r * count, r + 1 < rows ? p + (r + 1) * count : nullptr, count, width, to);
+}
+#endif
+
+// ---------------------------------------------------------------- one tile of rows
+
+// Running states of rows: what one segment, or all so far, came to.
+struct State {
+  float *o, *m, *l;  // o [rows][width], m [rows], l [rows][kWidth] (lanes are added up at the end)
+  int width;
+
+  static size_t floats(int64_t rows, int width) { return rows * (width + kWidth + 1); }
+  State(float* memory, int64_t rows, int width)
+      : o(memory), m(memory + rows * (width + kWidth)), l(memory + rows * width), width(width) {}
+
+  void clear(int rows) const {
+    std::fill(o, o + static_cast<size_t>(rows) * width, 0.0f);
+    std::fill(l, l + static_cast<size_t>(rows) * kWidth, 0.0f);
+    std::fill(m, m + rows, kLowest);
+  }
+
+  void copy(int64_t row, const State& from, int64_t other) const {
+    std::memcpy(o + row * width, from.o + other * width, width * sizeof(float));
+    std::memcpy(l + row * kWidth, from.l + other * kWidth, kWidth * sizeof(float));
+    m[row] = from.m[other];
+  }
+};
+
+// Adds one row of states behind what `to` holds.
+void merge(const State& to, int64_t row, const State& from, int64_t other) {
+  float top = std::max(to.m[row], from.m[other]);
+  float powers[2 * kWidth];
+  simd::store(powers, simd::exp2(simd::all(to.m[row] - top)));
+  simd::store(powers + kWidth, simd::exp2(simd::all(from.m[other] - top)));
+  Floats old = simd::all(powers[0]), fresh = simd::all(powers[kWidth]);
+  float *o = to.o + row * to.width, *l = to.l + row * kWidth;
+  const float* p = from.o + other * from.width;
+  for (int i = 0; i < to.width; i += kWidth)
+    simd::store(o + i, simd::fma(simd::load(p + i), fresh, simd::mul(simd::load(o + i), old)));
+  simd::store(l, simd::fma(simd::load(from.l + other * kWidth), fresh, simd::mul(simd::load(l), old)));
+  to.m[row] = top;
+}
+
+// Rows of one head with the scratch memory of one thread.
+class Tile {
+ public:
+  explicit Tile(const Shape& shape)
+      : s(shape), pairs(kPairs && shape.type == kBfloat16), limit(limits.get(shape.tile_rows())) {}
+
+  const Shape& s;
+  const bool pairs;  // bfloat16 stays what it is; all else is computed in float32
+  Buffer<int> limits;
+  int rows = 0;
+  int* const limit;  // keys that a row sees, counted from position 0
+
+  void load_query(int row, const void* from) {
+    if (pairs) {
+      int units = (s.dim + 1) / 2;
+      auto* to = reinterpret_cast<uint16_t*>(query_pairs.get(s.tile_rows() * units) + row * units);
+      std::memcpy(to, from, s.dim * 2);
+      if (s.dim % 2) to[s.dim] = 0;
+    } else {
+      widen(from, s.type, s.dim, query.get(s.tile_rows() * s.dim) + row * s.dim);
+    }
+  }
+
+  // Folds one chunk of one head, whose first key is at `position`, into the states.
+  void fold(const void* keys, const void* values, int position, const State& state) {
+    if (pairs)
+      fold_as<Pair>(keys, values, position, state);
+    else
+      fold_as<Single>(keys, values, position, state);
+  }
+
+ private:
+  Buffer<float> query, key_floats, value_floats, scores;
+  Buffer<uint32_t> query_pairs, key_pairs, value_pairs;
+
+  template <class Op>
+  struct Operands {
+    const typename Op::Unit *query, *keys, *values;
+    int depth, value_depth;
+  };
+
+  template <class Op>
+  void fold_as(const void* keys, const void* values, int position, const State& state) {
+    Operands<Op> in = operands<Op>(keys, values);
+    for (int r = 0; r < rows; r += kRows) {
+      int count = std::min(kRows, rows - r);
+      if (position >= *std::max_element(limit + r, limit + r + count)) continue;
+      switch (count) {
+        case 1: fold_rows<Op, 1>(in, r, position, state); break;
+        case 2: fold_rows<Op, 2>(in, r, position, state); break;
+        case 3: fold_rows<Op, 3>(in, r, position, state); break;
+        case 4: fold_rows<Op, 4>(in, r, position, state); break;
+        case 5: fold_rows<Op, 5>(in, r, position, state); break;
+        default: fold_rows<Op, kRows>(in, r, position, state);
+      }
+    }
+  }
+
+  template <class Op>
+  Operands<Op> operands(const void* keys, const void* values);
+
+  template <class Op, int R>
+  void fold_rows(const Operands<Op>& in, int row, int position, const State& state) {
+    const int columns = s.columns();
+    float* score = scores.get(kRows * columns);
+    float shrink[R];
+    product<Op, R>(in.query + row * in.depth, in.depth, in.keys, columns, in.depth, columns, score, columns, nullptr);
+    for (int r = 0; r < R; ++r) shrink[r] = weigh(score + r * columns, row + r, limit[row + r] - position, state);
+    auto* weights = reinterpret_cast<const typename Op::Unit*>(score);
+    product<Op, R>(weights, columns, in.values, state.width, in.value_depth, state.width,
+                   state.o + static_cast<size_t>(row) * state.width, state.width, shrink);
+  }
+
+  // Turns a row of products into weights under the new maximum; returns the factor for what was there.
+  float weigh(float* score, int row, int visible, const State& state) {
+    const int columns = s.columns();
+    const Floats scale = simd::all(s.scale * kLog2e);
+    if (visible < columns || s.chunk < columns) hide(score, std::min(visible, s.chunk));
+    Floats top = simd::load(score);
+    for (int j = kWidth; j < columns; j += kWidth) top = simd::max(top, simd::load(score + j));
+    const float before = state.m[row];
+    const float now = std::max(before, simd::largest(top) * (s.scale * kLog2e));
+    const Floats minus = simd::all(-now);
+    float shrink[kWidth];
+    simd::store(shrink, simd::exp2(simd::all(before - now)));
+    Floats sum = simd::mul(simd::load(state.l + row * kWidth), simd::all(shrink[0]));
+    for (int j = 0; j < columns; j += kWidth) {
+      Floats weight = simd::exp2(simd::fma(simd::load(score + j), scale, minus));
+      sum = simd::add(sum, weight);
+      put(score, j, weight);
+    }
+    simd::store(state.l + row * kWidth, sum);
+    state.m[row] = now;
+    return shrink[0];
+  }
+
+  void hide(float* score, int visible) {
+    for (int j = 0; j < s.columns(); j += kWidth)
+      simd::store(score + j, simd::first(visible - j, simd::load(score + j), simd::all(-kInfinity)));
+  }
+
+  // Weights take the place of scores already read: as they are, or as pairs in half the room.
+  void put(float* score, int j, Floats weight) {
+#if defined(__AVX512BF16__)
+    if (pairs) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(reinterpret_cast<uint16_t*>(score) + j),
+                          (__m256i)_mm512_cvtneps_pbh(weight));
+      return;
+    }
+#endif
+    simd::store(score + j, weight);
+  }
+};
+
+template <>
+Tile::Operands<Single> Tile::operands<Single>(const void* keys, const void* values) {
+  const int columns = s.columns(), width = s.value_columns();
+  const float *k = static_cast<const float*>(keys), *v = static_cast<const float*>(values);
+  if (s.type != kFloat32 || columns != s.chunk) {
+    float* to = key_floats.get(s.dim * columns);
+    unpack(keys, s.type, s.dim, s.chunk, columns, to);
+    k = to;
+  }
+  if (s.type != kFloat32 || width != s.value_dim) {
+    float* to = value_floats.get(s.chunk * width);
+    unpack(values, s.type, s.chunk, s.value_dim, width, to);
+    v = to;
+  }
+  return {query.get(s.tile_rows() * s.dim), k, v, s.dim, s.chunk};
+}
+
+#if defined(__AVX512BF16__)
+template <>
+Tile::Operands<Pair> Tile::operands<Pair>(const void* keys, const void* values) {
+  const int columns = s.columns(), width = s.value_columns(), depth = (s.dim + 1) / 2, pairs_of_keys = (s.chunk + 1) / 2;
+  uint32_t* k = key_pairs.get(depth * columns);
+  uint32_t* v = value_pairs.get(pairs_of_keys * width);
+  unpack_pairs(keys, s.dim, s.chunk, columns, k);
+  unpack_pairs(values, s.chunk, s.value_dim, width, v);
+  return {query_pairs.get(s.tile_rows() * depth), k, v, depth, pairs_of_keys};
+}
+#endif
+
+void finish(const Shape& s, const State& state, int row, void* to) {
+  const float l = simd::sum(simd::load(state.l + row * kWidth));
+  const float* o = state.o + static_cast<size_t>(row) * state.width;
+  for (int i = 0; i < s.value_dim; ++i) {
+    float value = o[i] / l;
+    if (s.type == kFloat32) {
+      static_cast<float*>(to)[i] = value;
+    } else if (s.type == kFloat16) {
+      static_cast<uint16_t*>(to)[i] = _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
+    } else {
+      uint32_t bits;
+      std::memcpy(&bits, &value, 4);
+      bits = value != value ? 0x7fc00000u : bits + 0x7fffu + (bits >> 16 & 1u);
+      static_cast<uint16_t*>(to)[i] = static_cast<uint16_t>(bits >> 16);
+    }
+  }
+}
+
+// ---------------------------------------------------------------- tasks
+
+struct Block {  // consecutive chunks in memory
+  int64_t keys, values, chunks;
+};
+
+// What one thread needs to work through tasks.
+struct Worker {
+  explicit Worker(const Shape& shape) : tile(shape), rows(shape.tile_rows()), width(shape.value_columns()) {}
+  Tile tile;
+  const int rows, width;
+
+  State segment() { return {segment_.get(State::floats(rows, width)), rows, width}; }
+  State total() { return {total_.get(State::floats(rows, width)), rows, width}; }
+
+ private:
+  Buffer<float> segment_, total_;
+};
+
+// Runs work(worker, i) for i from 0 to count - 1 on threads of the pool that torch uses too: the
+// symbols of OpenMP are torch's (see native.py), so that the two never compete for cores.
+template <class Work>
+void run(const Shape& shape, int64_t count, int64_t threads, const Work& work) {
+  std::atomic<int64_t> next{0};
+  const int team = static_cast<int>(std::max<int64_t>(1, std::min(threads, count)));
+#pragma omp parallel num_threads(team) default(shared)
+  {
+    Worker worker(shape);
+    for (int64_t i; (i = next.fetch_add(1)) < count;) work(worker, i);
+  }
+}
+
+// New tokens of one sequence against all its chunks and each other.
+struct Prefill {
+  Shape shape;
+  const char* query;
+  int64_t query_head, query_token;  // strides in bytes
+  char* out;                        // [tokens][query heads][value_dim]
+  int64_t tokens, start;            // position of the first
+  const Block* blocks;
+  int64_t count;
+
+  void attend(int64_t threads) const {
+    const int64_t size = std::min(shape.tile_rows() / shape.folded, 64);
+    const int64_t parts = (tokens + size - 1) / size;
+    run(shape, parts * shape.heads, threads, [&](Worker& worker, int64_t i) {
+      const int64_t part = parts - 1 - i / shape.heads;  // the longest first
+      attend(worker, i % shape.heads, part * size, std::min(tokens, (part + 1) * size));
+    });
+  }
+
+ private:
+  void attend(Worker& worker, int64_t head, int64_t begin, int64_t end) const {
+    Tile& tile = worker.tile;
+    tile.rows = 0;
+    for (int64_t token = begin; token < end; ++token)
+      for (int g = 0; g < shape.folded; ++g, ++tile.rows) {
+        tile.load_query(tile.rows, query + (head * shape.folded + g) * query_head + token * query_token);
+        tile.limit[tile.rows] = static_cast<int>(start + token + 1);
+      }
+    const State segment = worker.segment(), total = worker.total();
+    segment.clear(tile.rows);
+    total.clear(tile.rows);
+    int64_t index = 0;
+    for (int64_t b = 0; b < count; ++b)
+      for (int64_t c = 0; c < blocks[b].chunks && index * shape.chunk < start + end; ++c, ++index) {
+        if (index && index % shape.segment == 0) {
+          for (int r = 0; r < tile.rows; ++r) merge(total, r, segment, r);
+          segment.clear(tile.rows);
+        }
+        const int64_t place = c * shape.heads + head;
+        tile.fold(reinterpret_cast<const char*>(blocks[b].keys) + place * shape.key_head(),
+                  reinterpret_cast<const char*>(blocks[b].values) + place * shape.value_head(),
+                  static_cast<int>(index * shape.chunk), segment);
+      }
+    const int64_t stride = shape.item() * shape.value_dim;
+    for (int r = 0; r < tile.rows; ++r) {
+      merge(total, r, segment, r);
+      const int64_t token = begin + r / shape.folded, g = r % shape.folded;
+      finish(shape, total, r, out + ((token * shape.heads + head) * shape.folded + g) * stride);
+    }
+  }
+};
+
+// Consecutive chunks of one segment and the rows that attend to them.
+struct Item {
+  int64_t source, chunk, chunks, index, rows_begin, rows_end;
+};
+
+// One new token of each row.
+struct Step {
+  Shape shape;
+  const char* query;
+  int64_t query_row, query_head;  // strides in bytes
+  char* out;                      // [rows][query heads][value_dim]
+  int64_t rows;
+  const int64_t* limits;          // [rows] keys that a row sees
+  const Block* sources;
+  const Item* items;              // in the order of (segment, index)
+  const int64_t* segments;        // [count + 1] where the items of a segment begin
+  int64_t count;
+  const int64_t* members;         // rows of the items
+  float* states;                  // State::floats(slots(), width) for each head
+
+  int64_t slots() const { return rows * count * shape.folded; }
+
+  void attend(int64_t threads) const {
+    run(shape, count * shape.heads, threads, [&](Worker& worker, int64_t i) {
+      const int64_t head = i % shape.heads, segment = i / shape.heads;
+      for (int64_t item = segments[segment]; item < segments[segment + 1]; ++item)
+        fold(worker, head, segment, items[item]);
+    });
+    run(shape, rows * shape.heads, threads,
+        [&](Worker& worker, int64_t i) { finish_row(worker, i % shape.heads, i / shape.heads); });
+  }
+
+ private:
+  State of_head(int64_t head) const {
+    const int width = shape.value_columns();
+    return {states + head * static_cast<int64_t>(State::floats(slots(), width)), slots(), width};
+  }
+  int64_t slot(int64_t row, int64_t segment) const { return (row * count + segment) * shape.folded; }
+
+  void fold(Worker& worker, int64_t head, int64_t segment, const Item& item) const {
+    const int64_t most = shape.tile_rows() / shape.folded;
+    for (int64_t begin = item.rows_begin; begin < item.rows_end; begin += most)
+      fold(worker, head, segment, item, begin, std::min(item.rows_end, begin + most));
+  }
+
+  void fold(Worker& worker, int64_t head, int64_t segment, const Item& item, int64_t begin, int64_t end) const {
+    Tile& tile = worker.tile;
+    const State kept = of_head(head), state = worker.segment();
+    tile.rows = 0;
+    for (int64_t i = begin; i < end; ++i)
+      for (int g = 0; g < shape.folded; ++g, ++tile.rows) {
+        tile.load_query(tile.rows, query + members[i] * query_row + (head * shape.folded + g) * query_head);
+        tile.limit[tile.rows] = static_cast<int>(limits[members[i]]);
+        if (item.index % shape.segment) state.copy(tile.rows, kept, slot(members[i], segment) + g);
+      }
+    if (item.index % shape.segment == 0) state.clear(tile.rows);
+    const Block& source = sources[item.source];
+    for (int64_t c = 0; c < item.chunks; ++c) {
+      const int64_t place = (item.chunk + c) * shape.heads + head;
+      tile.fold(reinterpret_cast<const char*>(source.keys) + place * shape.key_head(),
+                reinterpret_cast<const char*>(source.values) + place * shape.value_head(),
+                static_cast<int>((item.index + c) * shape.chunk), state);
+    }
+    for (int r = 0; r < tile.rows; ++r)
+      kept.copy(slot(members[begin + r / shape.folded], segment) + r % shape.folded, state, r);
+  }
+
+  void finish_row(Worker& worker, int64_t head, int64_t row) const {
+    const State kept = of_head(head), total = worker.total();
+    total.clear(shape.folded);
+    const int64_t reach = static_cast<int64_t>(shape.segment) * shape.chunk;
+    for (int64_t segment = 0; segment * reach < limits[row]; ++segment)
+      for (int g = 0; g < shape.folded; ++g) merge(total, g, kept, slot(row, segment) + g);
+    const int64_t stride = shape.item() * shape.value_dim;
+    for (int g = 0; g < shape.folded; ++g)
+      finish(shape, total, g, out + ((row * shape.heads + head) * shape.folded + g) * stride);
+  }
+};
+
+// ---------------------------------------------------------------- Python
+
+// Shapes come as (heads, folded, dim, value_dim, chunk, segment, scale, type); addresses and strides
+// as integers, strides in bytes. native.py checks everything and says what the arrays hold.
+#define SHAPE_FORMAT "(iiiiiifi)"
+#define SHAPE_FIELDS(s) &s.heads, &s.folded, &s.dim, &s.value_dim, &s.chunk, &s.segment, &s.scale, &s.type
+
+template <class T>
+T* at(unsigned long long address) {
+  return reinterpret_cast<T*>(address);
+}
+
+PyObject* prefill(PyObject*, PyObject* args) {
+  Prefill job;
+  long long tokens, start, count, head, token, threads;
+  unsigned long long query, out, blocks;
+  if (!PyArg_ParseTuple(args, SHAPE_FORMAT "KLLKLLKLL", SHAPE_FIELDS(job.shape), &query, &head, &token, &out, &tokens,
+                        &start, &blocks, &count, &threads))
+    return nullptr;
+  job.query = at<char>(query), job.query_head = head, job.query_token = token, job.out = at<char>(out);
+  job.tokens = tokens, job.start = start, job.blocks = at<Block>(blocks), job.count = count;
+  Py_BEGIN_ALLOW_THREADS
+  job.attend(threads);
+  Py_END_ALLOW_THREADS
+  Py_RETURN_NONE;
+}
+
+PyObject* step(PyObject*, PyObject* args) {
+  Step job;
+  long long rows, head, row, count, threads;
+  unsigned long long query, out, limits, sources, items, segments, members, states;
+  if (!PyArg_ParseTuple(args, SHAPE_FORMAT "KLLKLKKKKLKKL", SHAPE_FIELDS(job.shape), &query, &row, &head, &out, &rows,
+                        &limits, &sources, &items, &segments, &count, &members, &states, &threads))
+    return nullptr;
+  job.query = at<char>(query), job.query_row = row, job.query_head = head, job.out = at<char>(out), job.rows = rows;
+  job.limits = at<int64_t>(limits), job.sources = at<Block>(sources), job.items = at<Item>(items);
+  job.segments = at<int64_t>(segments), job.count = count, job.members = at<int64_t>(members);
+  job.states = at<float>(states);
+  Py_BEGIN_ALLOW_THREADS
+  job.attend(threads);
+  Py_END_ALLOW_THREADS
+  Py_RETURN_NONE;
+}
+
+// Floats of memory that a step's states take: (shape, rows, segments).
+PyObject* state_floats(PyObject*, PyObject* args) {
+  Shape shape;
+  long long rows, segments;
+  if (!PyArg_ParseTuple(args, SHAPE_FORMAT "LL", SHAPE_FIELDS(shape), &rows, &segments)) return nullptr;
+  return PyLong_FromSize_t(shape.heads * State::floats(rows * segments * shape.folded, shape.value_columns()));
+}
+
+// Whether this processor has the instructions that this module is compiled for.
+PyObject* supported(PyObject*, PyObject*) {
+#if defined(__AVX512BF16__)
+  const bool yes = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw");
+#elif defined(__AVX512F__)
+  const bool yes = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#else
+  const bool yes = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+  return PyBool_FromLong(yes);
+}
+
+PyMethodDef methods[] = {{"supported", supported, METH_NOARGS, nullptr},
+                         {"prefill", prefill, METH_VARARGS, nullptr},
+                         {"step", step, METH_VARARGS, nullptr},
+                         {"state_floats", state_floats, METH_VARARGS, nullptr},
+                         {nullptr, nullptr, 0, nullptr}};
+
+#define TEXT_OF(name) #name
+#define TEXT(name) TEXT_OF(name)
+#define INIT_OF(name) PyInit_##name
+#define INIT(name) INIT_OF(name)
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, TEXT(MODULE), nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC INIT(MODULE)() { return PyModule_Create(&module); }

@@ -1,0 +1,111 @@
+// Vectors of floats in two instruction sets, chosen by the compiler's flags.
+//
+// Everything that decides bits is explicit here: fused multiply-add is written where it is meant, and
+// each lane sees its operations in the same order whatever the shape of the tile around it.
+#pragma once
+
+#include <cstdint>
+#include <immintrin.h>
+
+namespace simd {
+
+#if defined(__AVX512F__)
+
+using Floats = __m512;
+constexpr int kWidth = 16;    // floats per vector
+constexpr int kColumns = 4;   // vectors per row of a register tile
+constexpr int kRows = 6;      // rows of a register tile
+
+inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
+inline Floats all(float x) { return _mm512_set1_ps(x); }
+inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+inline Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+inline Floats round(Floats x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Floats times_power(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
+inline float largest(Floats x) { return _mm512_reduce_max_ps(x); }
+
+// The first `count` lanes of x (none if negative, at most all), `other` behind them.
+inline Floats first(int count, Floats x, Floats other) {
+  unsigned mask = count >= 16 ? 0xffffu : count <= 0 ? 0u : (1u << count) - 1u;
+  return _mm512_mask_blend_ps(static_cast<__mmask16>(mask), other, x);
+}
+
+inline Floats from_bfloat16(const uint16_t* p) {
+  __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+}
+inline Floats from_float16(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+#else  // AVX2, FMA, F16C
+
+using Floats = __m256;
+constexpr int kWidth = 8;
+constexpr int kColumns = 2;
+constexpr int kRows = 6;
+
+inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, Floats x) { _mm256_storeu_ps(p, x); }
+inline Floats all(float x) { return _mm256_set1_ps(x); }
+inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+inline Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
+inline Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+inline Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+inline Floats round(Floats x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+// x * 2^n for n from -200 to 127; below the normal numbers it is zero.
+inline Floats times_power(Floats x, Floats n) {
+  Floats alive = _mm256_cmp_ps(n, all(-126.0f), _CMP_NLT_UQ);
+  __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  return _mm256_and_ps(alive, mul(x, _mm256_castsi256_ps(power)));
+}
+inline float largest(Floats x) {
+  __m128 half = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+}
+inline Floats first(int count, Floats x, Floats other) {
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lanes);
+  return _mm256_blendv_ps(other, x, _mm256_castsi256_ps(mask));
+}
+inline Floats from_bfloat16(const uint16_t* p) {
+  __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
+}
+inline Floats from_float16(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+#endif
+
+// 2^x for x <= 0, relative error below 2e-7; zero from -150 down (minus infinity included).
+inline Floats exp2(Floats x) {
+  x = max(all(-200.0f), x);  // in this order a NaN stays one
+  Floats n = round(x);
+  Floats f = sub(x, n);  // from -1/2 to 1/2, exact
+  Floats p = all(0.001326472731307149f);  // the minimax polynomial with p(0) = 1
+  p = fma(p, f, all(0.009671512991189957f));
+  p = fma(p, f, all(0.05550733581185341f));
+  p = fma(p, f, all(0.24022242426872253f));
+  p = fma(p, f, all(0.6931470036506653f));
+  p = fma(p, f, all(1.0f));
+  return times_power(p, n);
+}
+
+// The sum of all lanes, always in the same order.
+inline float sum(Floats x) {
+  float lanes[kWidth];
+  store(lanes, x);
+  for (int width = kWidth / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+}  // namespace simd
