@@ -36,10 +36,12 @@ using simd::kColumns;
 using simd::kRows;
 using simd::kWidth;
 
-constexpr float kLowest = -1e30f;  // in place of minus infinity: differences of it stay numbers
-constexpr float kInfinity = __builtin_inff();
+// In place of minus infinity, so that differences stay numbers: of a row that has seen nothing, and,
+// far below it, of a key that must not be seen.
+constexpr float kLowest = -1e30f;
+constexpr float kHidden = -1e37f;
 constexpr float kLog2e = 1.44269504088896340736f;
-constexpr int kTileRows = 128;  // rows that share one unpacking of a chunk, unless a head has more
+constexpr int kTileRows = 256;  // rows that share one unpacking of a chunk, unless a head has more
 
 enum Type { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
@@ -168,28 +170,24 @@ void unpack(const void* from, int type, int rows, int count, int width, float* t
 }
 
 #if defined(__AVX512BF16__)
-// Two rows of bfloat16 as one row of pairs; the second may be missing.
-void interleave(const uint16_t* a, const uint16_t* b, int count, int width, uint32_t* to) {
-  int i = 0;
-  if (b) {
-    alignas(64) static const uint16_t low[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                                 8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-    const __m512i first = _mm512_load_si512(low);
-    const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
-    for (; i + 32 <= count; i += 32) {
-      __m512i x = _mm512_loadu_si512(a + i), y = _mm512_loadu_si512(b + i);
-      _mm512_storeu_si512(to + i, _mm512_permutex2var_epi16(x, first, y));
-      _mm512_storeu_si512(to + i + 16, _mm512_permutex2var_epi16(x, second, y));
-    }
-  }
-  for (; i < count; ++i) to[i] = a[i] | (b ? static_cast<uint32_t>(b[i]) << 16 : 0u);
-  std::fill(to + count, to + width, 0u);
-}
-
+// Rows 2r and 2r + 1 as one row of pairs, padded with zeros to `width` (and to an even number of rows).
 void unpack_pairs(const void* from, int rows, int count, int width, uint32_t* to) {
-  auto* p = static_cast<const uint16_t*>(from);
-  for (int r = 0; r < rows; r += 2, to += width)
-    interleave(p + r * count, r + 1 < rows ? p + (r + 1) * count : nullptr, count, width, to);
+  alignas(64) static const uint16_t lanes[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                 8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i low = _mm512_load_si512(lanes), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  auto* a = static_cast<const uint16_t*>(from);
+  for (int r = 0; r < rows; r += 2, a += 2 * count, to += width) {
+    const uint16_t* b = a + count;
+    int i = 0;
+    if (r + 1 < rows)
+      for (; i + 32 <= count; i += 32) {
+        const __m512i x = _mm512_loadu_si512(a + i), y = _mm512_loadu_si512(b + i);
+        _mm512_storeu_si512(to + i, _mm512_permutex2var_epi16(x, low, y));
+        _mm512_storeu_si512(to + i + 16, _mm512_permutex2var_epi16(x, high, y));
+      }
+    for (; i < count; ++i) to[i] = a[i] | (r + 1 < rows ? static_cast<uint32_t>(b[i]) << 16 : 0u);
+    for (; i < width; ++i) to[i] = 0;
+  }
 }
 #endif
 
@@ -220,10 +218,7 @@ struct State {
 // Adds one row of states behind what `to` holds.
 void merge(const State& to, int64_t row, const State& from, int64_t other) {
   float top = std::max(to.m[row], from.m[other]);
-  float powers[2 * kWidth];
-  simd::store(powers, simd::exp2(simd::all(to.m[row] - top)));
-  simd::store(powers + kWidth, simd::exp2(simd::all(from.m[other] - top)));
-  Floats old = simd::all(powers[0]), fresh = simd::all(powers[kWidth]);
+  const Floats old = simd::exp2(simd::all(to.m[row] - top)), fresh = simd::exp2(simd::all(from.m[other] - top));
   float *o = to.o + row * to.width, *l = to.l + row * kWidth;
   const float* p = from.o + other * from.width;
   for (int i = 0; i < to.width; i += kWidth)
@@ -263,10 +258,10 @@ class Tile {
       fold_as<Single>(keys, values, position, state);
   }
 
- private:
   Buffer<float> query, key_floats, value_floats, scores;
   Buffer<uint32_t> query_pairs, key_pairs, value_pairs;
 
+ private:
   template <class Op>
   struct Operands {
     const typename Op::Unit *query, *keys, *values;
@@ -297,40 +292,47 @@ class Tile {
   void fold_rows(const Operands<Op>& in, int row, int position, const State& state) {
     const int columns = s.columns();
     float* score = scores.get(kRows * columns);
-    float shrink[R];
+    float shrink[kWidth];
     product<Op, R>(in.query + row * in.depth, in.depth, in.keys, columns, in.depth, columns, score, columns, nullptr);
-    for (int r = 0; r < R; ++r) shrink[r] = weigh(score + r * columns, row + r, limit[row + r] - position, state);
+    weigh<R>(score, row, position, state, shrink);
     auto* weights = reinterpret_cast<const typename Op::Unit*>(score);
     product<Op, R>(weights, columns, in.values, state.width, in.value_depth, state.width,
                    state.o + static_cast<size_t>(row) * state.width, state.width, shrink);
   }
 
-  // Turns a row of products into weights under the new maximum; returns the factor for what was there.
-  float weigh(float* score, int row, int visible, const State& state) {
+  // Turns rows of products into weights under their new maxima; shrink gets the factors for what was there.
+  template <int R>
+  void weigh(float* score, int row, int position, const State& state, float* shrink) {
     const int columns = s.columns();
-    const Floats scale = simd::all(s.scale * kLog2e);
-    if (visible < columns || s.chunk < columns) hide(score, std::min(visible, s.chunk));
-    Floats top = simd::load(score);
-    for (int j = kWidth; j < columns; j += kWidth) top = simd::max(top, simd::load(score + j));
-    const float before = state.m[row];
-    const float now = std::max(before, simd::largest(top) * (s.scale * kLog2e));
-    const Floats minus = simd::all(-now);
-    float shrink[kWidth];
-    simd::store(shrink, simd::exp2(simd::all(before - now)));
-    Floats sum = simd::mul(simd::load(state.l + row * kWidth), simd::all(shrink[0]));
-    for (int j = 0; j < columns; j += kWidth) {
-      Floats weight = simd::exp2(simd::fma(simd::load(score + j), scale, minus));
-      sum = simd::add(sum, weight);
-      put(score, j, weight);
+    const float scale = s.scale * kLog2e;
+    float before[kWidth] = {}, now[kWidth] = {};
+    UNROLL for (int r = 0; r < R; ++r) {
+      float* line = score + r * columns;
+      const int visible = std::min(limit[row + r] - position, s.chunk);
+      if (visible < columns) hide(line, visible);
+      Floats top = simd::load(line);
+      for (int j = kWidth; j < columns; j += kWidth) top = simd::max(top, simd::load(line + j));
+      before[r] = state.m[row + r];
+      now[r] = std::max(before[r], simd::largest(top) * scale);
     }
-    simd::store(state.l + row * kWidth, sum);
-    state.m[row] = now;
-    return shrink[0];
+    simd::store(shrink, simd::exp2(simd::sub(simd::load(before), simd::load(now))));
+    UNROLL for (int r = 0; r < R; ++r) {
+      float *line = score + r * columns, *l = state.l + (row + r) * kWidth;
+      const Floats minus = simd::all(-now[r]);
+      Floats sum = simd::mul(simd::load(l), simd::all(shrink[r]));
+      for (int j = 0; j < columns; j += kWidth) {
+        const Floats weight = simd::exp2(simd::fma(simd::load(line + j), simd::all(scale), minus));
+        sum = simd::add(sum, weight);
+        put(line, j, weight);
+      }
+      simd::store(l, sum);
+      state.m[row + r] = now[r];
+    }
   }
 
-  void hide(float* score, int visible) {
+  void hide(float* line, int visible) {
     for (int j = 0; j < s.columns(); j += kWidth)
-      simd::store(score + j, simd::first(visible - j, simd::load(score + j), simd::all(-kInfinity)));
+      simd::store(line + j, simd::first(visible - j, simd::load(line + j), simd::all(kHidden)));
   }
 
   // Weights take the place of scores already read: as they are, or as pairs in half the room.
@@ -395,6 +397,11 @@ void finish(const Shape& s, const State& state, int row, void* to) {
 
 // ---------------------------------------------------------------- tasks
 
+template <class T>
+T* at(uint64_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
 struct Block {  // consecutive chunks in memory
   int64_t keys, values, chunks;
 };
@@ -436,7 +443,8 @@ struct Prefill {
   int64_t count;
 
   void attend(int64_t threads) const {
-    const int64_t size = std::min(shape.tile_rows() / shape.folded, 64);
+    int64_t size = std::min<int64_t>(tokens, shape.tile_rows() / shape.folded);
+    while (size > 8 && tokens / size * shape.heads < 2 * threads) size /= 2;  // work for every thread
     const int64_t parts = (tokens + size - 1) / size;
     run(shape, parts * shape.heads, threads, [&](Worker& worker, int64_t i) {
       const int64_t part = parts - 1 - i / shape.heads;  // the longest first
@@ -463,10 +471,9 @@ struct Prefill {
           for (int r = 0; r < tile.rows; ++r) merge(total, r, segment, r);
           segment.clear(tile.rows);
         }
-        const int64_t place = c * shape.heads + head;
-        tile.fold(reinterpret_cast<const char*>(blocks[b].keys) + place * shape.key_head(),
-                  reinterpret_cast<const char*>(blocks[b].values) + place * shape.value_head(),
-                  static_cast<int>(index * shape.chunk), segment);
+        const char* keys = at<char>(blocks[b].keys) + (c * shape.heads + head) * shape.key_head();
+        const char* values = at<char>(blocks[b].values) + (c * shape.heads + head) * shape.value_head();
+        tile.fold(keys, values, static_cast<int>(index * shape.chunk), segment);
       }
     const int64_t stride = shape.item() * shape.value_dim;
     for (int r = 0; r < tile.rows; ++r) {
@@ -536,9 +543,8 @@ struct Step {
     const Block& source = sources[item.source];
     for (int64_t c = 0; c < item.chunks; ++c) {
       const int64_t place = (item.chunk + c) * shape.heads + head;
-      tile.fold(reinterpret_cast<const char*>(source.keys) + place * shape.key_head(),
-                reinterpret_cast<const char*>(source.values) + place * shape.value_head(),
-                static_cast<int>((item.index + c) * shape.chunk), state);
+      const char *keys = at<char>(source.keys) + place * shape.key_head(), *values = at<char>(source.values) + place * shape.value_head();
+      tile.fold(keys, values, static_cast<int>((item.index + c) * shape.chunk), state);
     }
     for (int r = 0; r < tile.rows; ++r)
       kept.copy(slot(members[begin + r / shape.folded], segment) + r % shape.folded, state, r);
@@ -562,11 +568,6 @@ struct Step {
 // as integers, strides in bytes. native.py checks everything and says what the arrays hold.
 #define SHAPE_FORMAT "(iiiiiifi)"
 #define SHAPE_FIELDS(s) &s.heads, &s.folded, &s.dim, &s.value_dim, &s.chunk, &s.segment, &s.scale, &s.type
-
-template <class T>
-T* at(unsigned long long address) {
-  return reinterpret_cast<T*>(address);
-}
 
 PyObject* prefill(PyObject*, PyObject* args) {
   Prefill job;

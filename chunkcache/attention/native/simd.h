@@ -59,7 +59,7 @@ inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c
 inline Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 inline Floats round(Floats x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
-// x * 2^n for n from -200 to 127; below the normal numbers it is zero.
+// x * 2^n for n up to 127; zero where the power is no normal number.
 inline Floats times_power(Floats x, Floats n) {
   Floats alive = _mm256_cmp_ps(n, all(-126.0f), _CMP_NLT_UQ);
   __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
@@ -85,9 +85,8 @@ inline Floats from_float16(const uint16_t* p) {
 
 #endif
 
-// 2^x for x <= 0, relative error below 2e-7; zero from -150 down (minus infinity included).
+// 2^x for finite x <= 0, relative error below 2e-7; zero from -150 down.
 inline Floats exp2(Floats x) {
-  x = max(all(-200.0f), x);  // in this order a NaN stays one
   Floats n = round(x);
   Floats f = sub(x, n);  // from -1/2 to 1/2, exact
   Floats p = all(0.001326472731307149f);  // the minimax polynomial with p(0) = 1
