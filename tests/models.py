@@ -1,7 +1,8 @@
-"""Tiny random models of many architectures, and what tests look at in a wrapper."""
+"""Tiny random models of many architectures, their device, and what tests look at in a wrapper."""
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import Any
 
@@ -11,6 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import chunkcache
 from chunkcache.hf.model import CachedModel
 
+DEVICE = os.environ.get("CHUNKCACHE_DEVICE", "cpu")  # of tests that compute
+TYPES = [torch.float32, torch.bfloat16]
+if DEVICE != "cpu":
+    TYPES.append(torch.float16)
 VOCABULARY = 128
 _BASE = {
     "vocab_size": VOCABULARY,
@@ -78,13 +83,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @cache
-def tiny(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
+def tiny(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A random model whose logits differ clearly between tokens; shared, so do not change it."""
-    return build(_ALIASES.get(name, name), FULL_ATTENTION[name], dtype, device)
+    return build(_ALIASES.get(name, name), FULL_ATTENTION[name], dtype)
 
 
 def build(
-    kind: str, settings: dict[str, Any], dtype: torch.dtype = torch.float32, device: str = "cpu"
+    kind: str, settings: dict[str, Any], dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
     """A model of its own."""
     config = AutoConfig.for_model(kind, **settings)
@@ -94,7 +99,7 @@ def build(
         for weights in model.parameters():
             if weights.dim() >= 2:
                 weights.normal_(0, 0.08, generator=generator)
-    return model.to(dtype).to(device).eval()
+    return model.to(dtype).to(DEVICE).eval()
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -104,8 +109,15 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 
 def wrapped(model: PreTrainedModel, **settings: Any) -> CachedModel:
-    """A wrapper with small chunks."""
-    return chunkcache.wrap(model, config=chunkcache.Config(**{"chunk_size": 16} | settings))
+    """A wrapper with small chunks and borders."""
+    small = {"chunk_size": 16, "border": 32}
+    return chunkcache.wrap(model, config=chunkcache.Config(**small | settings))
+
+
+def kept(cached: CachedModel, tokens: int) -> int:
+    """How many tokens of a prefix of so many are stored: whole chunks, or up to a border."""
+    settings = cached.settings
+    return tokens - tokens % (settings.chunk_size if cached.proof.rows else settings.border)
 
 
 def run(cached: Any, *prompts: list[int], new: int = 5, **kwargs: Any) -> Any:

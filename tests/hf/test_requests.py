@@ -7,11 +7,11 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, pipeline
 
 import chunkcache
-from tests.models import FULL_ATTENTION, REFUSED, build, prompt, run, tiny, wrapped
+from tests.models import DEVICE, FULL_ATTENTION, REFUSED, build, kept, prompt, run, tiny, wrapped
 
 
 def ids_of(*rows):
-    return torch.tensor([list(row) for row in rows])
+    return torch.tensor([list(row) for row in rows], device=DEVICE)
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -26,7 +26,8 @@ def test_unsupported_models_are_refused_with_the_cause(kind):
 
 def test_verify_names_tier_and_exactness():
     report = chunkcache.verify(tiny("llama"))
-    assert (report.tier, report.bit_exact) == ("A", "rows")
+    assert (report.tier, report.bit_exact) == ("A", "rows" if report.rows else "borders")
+    assert report.rows or DEVICE != "cpu", "rows are invariant on a CPU"
     assert report.max_logit_error < 1e-4
 
 
@@ -35,12 +36,12 @@ def test_bad_prompts_are_named_and_lose_nothing():
     run(cached, prompt(40))
     before = cached.stats().chunks
     bad = [
-        (chunkcache.EmptyPromptError, torch.zeros((1, 0), dtype=torch.long), None),
+        (chunkcache.EmptyPromptError, ids_of([]).long(), None),
         (chunkcache.EmptyPromptError, ids_of([5, 6], [7, 8]), ids_of([1, 1], [0, 0])),
         (chunkcache.InvalidTokensError, ids_of([5, 128]), None),
         (chunkcache.InvalidTokensError, ids_of([5, -1]), None),
-        (chunkcache.InvalidTokensError, torch.ones((1, 3)), None),
-        (chunkcache.InvalidTokensError, torch.ones(3, dtype=torch.long), None),
+        (chunkcache.InvalidTokensError, torch.ones((1, 3), device=DEVICE), None),
+        (chunkcache.InvalidTokensError, ids_of([1, 2, 3])[0], None),
         (chunkcache.PromptTooLongError, ids_of(prompt(513)), None),
         (chunkcache.AttentionMaskError, ids_of([5, 6, 7]), ids_of([1, 1, 0])),
         (chunkcache.AttentionMaskError, ids_of([5, 6, 7]), ids_of([1, 0, 1])),
@@ -146,7 +147,7 @@ class StopAfter(StoppingCriteria):
         self.calls -= 1
         if self.calls <= 0 and self.error:
             raise self.error
-        return torch.full((input_ids.shape[0],), self.calls <= 0)
+        return torch.full((input_ids.shape[0],), self.calls <= 0, device=input_ids.device)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -160,7 +161,7 @@ def test_a_failed_request_gives_everything_back(rows, error):
     assert (stats.leased_chunks, stats.tail_bytes) == (0, 0)
     cached.store.check()
     run(cached, *batch)
-    assert all(reuse.cached_tokens >= 48 for reuse in cached.last_reuse)
+    assert all(reuse.cached_tokens >= kept(cached, 50) for reuse in cached.last_reuse)
 
 
 def test_stopping_criteria_and_processors_are_transformers_own():
@@ -218,14 +219,15 @@ def test_threads_compute_a_shared_prefix_once():
 
 def test_preload_names_pins_and_reports():
     cached = wrapped(tiny("llama"), device_bytes=16 * 512 * 12)
-    assert cached.preload(prompt(50), name="support-bot") == 48
+    stored = cached.preload(prompt(50), name="support-bot")
+    assert stored == kept(cached, 50)
     for seed in range(1, 9):
         run(cached, prompt(100, seed=seed))
     run(cached, prompt(50) + prompt(5, seed=3))
-    assert cached.last_reuse[0].cached_tokens >= 48
+    assert cached.last_reuse[0].cached_tokens >= stored
     stats = cached.stats()
     assert stats.named["support-bot"]["requests"] == 1
-    assert stats.pinned_chunks == 3
+    assert stats.pinned_chunks == stored // 16
     assert stats.evicted_chunks > 0
     assert "support-bot" in [name for row in cached.tree_rows() for name in row.names]
     assert "hit rate" in stats._repr_html_()
@@ -254,11 +256,11 @@ def test_misses_say_why():
 
 def test_pipeline(demo_model):
     model, tokenizer = demo_model
-    cached = chunkcache.wrap(model, tokenizer)
-    plain = pipeline("text-generation", model=model, tokenizer=tokenizer)
-    ours = pipeline("text-generation", model=cached, tokenizer=tokenizer)
+    cached = chunkcache.wrap(model, tokenizer, chunkcache.Config(border=64))
+    plain = pipeline("text-generation", model=model, tokenizer=tokenizer, device=DEVICE)
+    ours = pipeline("text-generation", model=cached, tokenizer=tokenizer, device=DEVICE)
     text = "The shop opens at nine. " * 20
     for _ in range(2):
         expected = plain(text, max_new_tokens=8, do_sample=False)
         assert ours(text, max_new_tokens=8, do_sample=False) == expected
-    assert cached.last_reuse[0].cached_tokens > 64
+    assert cached.last_reuse[0].cached_tokens >= 64

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import chunkcache
+from tests.models import DEVICE
 
 CHUNK_BYTES = 16 * 1280  # 16 tokens of stories260K in float32
 
@@ -14,7 +15,7 @@ CHUNK_BYTES = 16 * 1280  # 16 tokens of stories260K in float32
 @pytest.fixture(scope="module")
 def stories(shared_data):
     path = shared_data / "stories260K"
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().to(DEVICE)
     golden = json.loads((path / "golden.json").read_text())
     return model, AutoTokenizer.from_pretrained(path), golden
 
@@ -29,7 +30,7 @@ def test_golden_outputs_cold_warm_and_under_pressure(stories, chunks, exactness)
     cached = chunkcache.wrap(model, tokenizer, config)
     expected = golden["greedy_ids_256"]
     for cut in (1, 100, 200, 1, 57):
-        ids = torch.tensor([expected[:cut]])
+        ids = torch.tensor([expected[:cut]], device=DEVICE)
         out = cached.generate(
             ids, max_new_tokens=len(expected) - cut, do_sample=False, eos_token_id=None
         )
@@ -46,13 +47,13 @@ def test_nll_of_a_tail_is_unchanged_by_reuse(stories, shared_data):
     model, tokenizer, _ = stories
     text = (shared_data / "text" / "tinystories_sample.txt").read_text()
     ids = tokenizer(text)["input_ids"][:480]
-    cached = chunkcache.wrap(model, tokenizer, chunkcache.Config(chunk_size=16))
+    cached = chunkcache.wrap(model, tokenizer, chunkcache.Config(chunk_size=16, border=32))
 
     def tail_nll():
         total = 0.0
         for at in range(384, 480):
             out = cached.generate(
-                torch.tensor([ids[:at]]),
+                torch.tensor([ids[:at]], device=DEVICE),
                 max_new_tokens=1,
                 do_sample=False,
                 output_logits=True,
@@ -62,8 +63,8 @@ def test_nll_of_a_tail_is_unchanged_by_reuse(stories, shared_data):
         return total / 96
 
     with torch.no_grad():
-        logits = model(torch.tensor([ids])).logits[0, 383:479].log_softmax(-1)
-    plain = -logits[torch.arange(96), torch.tensor(ids[384:480])].mean().item()
+        logits = model(torch.tensor([ids], device=DEVICE)).logits[0, 383:479].log_softmax(-1)
+    plain = -logits[range(96), ids[384:480]].mean().item()
     reused = tail_nll()
     assert cached.stats().hit_rate > 0.9
     assert reused == pytest.approx(plain, abs=1e-5)
