@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -43,29 +44,66 @@ def _digest_tensor(item: tuple[str, torch.Tensor]) -> bytes:
     return digest.digest()
 
 
+def arithmetic(device: torch.device) -> dict[str, object]:
+    """What decides the bits of a product besides its operands, as it is set now.
+
+    Switches of precision are read through torch's newer names: once those were used, the older ones
+    (`allow_tf32`, `get_float32_matmul_precision`) raise, while the newer follow both.
+    """
+    backends: Any = torch.backends
+    cuda = backends.cuda.matmul
+    on_cuda = device.type == "cuda"
+    cpu = backends.cpu.get_cpu_capability()
+    return {
+        "device": device.type,
+        "processor": torch.cuda.get_device_name(device) if on_cuda else cpu,
+        "torch": torch.__version__,
+        "transformers": transformers_version,
+        "threads": torch.get_num_threads(),
+        "precision": [
+            _precision(cuda),
+            _precision(backends.mkldnn.matmul),
+            backends.cudnn.conv.fp32_precision,
+        ],
+        "short sums": [
+            cuda.allow_bf16_reduced_precision_reduction,
+            cuda.allow_fp16_reduced_precision_reduction,
+            cuda.allow_fp16_accumulation,
+        ],
+        "onednn": backends.mkldnn.enabled,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+def product_type(device: torch.device) -> torch.dtype:
+    """The type to which products of float32 round their operands, or one as rough."""
+    backends: Any = torch.backends
+    matmul = backends.mkldnn.matmul if device.type == "cpu" else backends.cuda.matmul
+    shorter = {"tf32": torch.float16, "bf16": torch.bfloat16}
+    return shorter.get(_precision(matmul), torch.float32)
+
+
+def _precision(matmul: Any) -> str:
+    """As set for a backend's products; what nobody set ("none") is full precision."""
+    value: str = matmul.fp32_precision
+    return "ieee" if value == "none" else value
+
+
 def namespace(
-    model: PreTrainedModel, weights: bytes, arithmetic: Mapping[str, object], tenant: str
+    model: PreTrainedModel, weights: bytes, settings: Mapping[str, object], tenant: str
 ) -> bytes:
     """The 32-byte name of the tree whose chunks this model may read.
 
     Args:
-        arithmetic: what else decides bits: chunk size, mode, exactness, row multiple.
+        settings: what else decides bits: chunk size, mode, exactness, row multiple.
     """
     config = model.config.to_dict()
     for volatile in ("_name_or_path", "transformers_version", "architectures", "torch_dtype"):
         config.pop(volatile, None)
     facts = {
         "config": config,
-        "arithmetic": arithmetic,
-        "device": model.device.type,
-        "torch": torch.__version__,
-        "transformers": transformers_version,
-        "threads": torch.get_num_threads(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "matmul": torch.get_float32_matmul_precision(),
-        "tf32": [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32],
-        "onednn": torch.backends.mkldnn.enabled,
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "settings": settings,
+        "arithmetic": arithmetic(model.device),
         "tenant": tenant,
     }
     text = json.dumps(facts, sort_keys=True, default=str).encode()

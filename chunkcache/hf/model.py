@@ -25,7 +25,7 @@ from chunkcache.errors import (
 )
 from chunkcache.hf import arguments
 from chunkcache.hf.cache import ChunkCache
-from chunkcache.hf.fingerprint import Watch, digest_weights, namespace
+from chunkcache.hf.fingerprint import Watch, arithmetic, digest_weights, namespace
 from chunkcache.hf.forward import ForwardHooks
 from chunkcache.hf.prefill import Prefiller, Row
 from chunkcache.hf.probe import (
@@ -119,20 +119,20 @@ class CachedModel:
                 self._fingerprint()
                 if stale != self._name():
                     self.store.drop(stale)
-            if self.proof.threads != torch.get_num_threads():
+            if self.proof.arithmetic != arithmetic(self.model.device):
                 self.proof = self._prove()
                 self._apply_proof()
             return self._name()
 
     def _name(self) -> bytes:
-        arithmetic = {
+        settings = {
             "chunk_size": self.settings.chunk_size,
             "mode": self.settings.mode,
             "rows": self.proof.rows,
             "kernel": self.proof.kernel,
             "border": self.settings.border if self._prefiller.borders else 0,
         }
-        return namespace(self._twin, self._weights, arithmetic, self.settings.tenant)
+        return namespace(self._twin, self._weights, settings, self.settings.tenant)
 
     def _current(self) -> bytes:
         """The namespace that may be stored to: none after close()."""

@@ -18,6 +18,7 @@ from chunkcache.attention.choice import Wanted, choose
 from chunkcache.attention.groups import Gate
 from chunkcache.errors import UnsupportedModelError
 from chunkcache.hf.cache import ChunkCache
+from chunkcache.hf.fingerprint import arithmetic, product_type
 from chunkcache.hf.forward import ForwardHooks
 from chunkcache.hf.twin import make_twin
 from chunkcache.kv import Arena, ChunkLayout, LayerShape, Pool
@@ -37,7 +38,7 @@ class Proof:
     Attributes:
         rows: the multiple that makes rows invariant; 0 if none does (then borders apply).
         error: largest difference of logits to the model's own forward.
-        threads: of the libraries; another number may share work at other places.
+        arithmetic: the device, libraries and switches it holds for.
         kernel: name of the attention kernel it holds for.
     """
 
@@ -45,7 +46,7 @@ class Proof:
     rows: int
     error: float
     tokens: int
-    threads: int
+    arithmetic: dict[str, object]
     kernel: str
 
 
@@ -159,7 +160,8 @@ class _Probe:
 
     def _proof(self, layout: ChunkLayout, multiple: int, error: float) -> Proof:
         name = choose(layout, self.wanted)(layout).name
-        return Proof(layout, multiple, error, self.tokens, torch.get_num_threads(), name)
+        facts = arithmetic(self.model.device)
+        return Proof(layout, multiple, error, self.tokens, facts, name)
 
     def find_layout(self) -> ChunkLayout:
         """What each layer caches, seen on the model's own cache after a short forward."""
@@ -202,7 +204,10 @@ class _Probe:
     def _within(self, ours: torch.Tensor, plain: torch.Tensor, what: str) -> float:
         error = (ours - plain).abs().max().item()
         scale = max(1.0, plain.abs().max().item())
-        allowed = _TOLERANCE.get(self.model.dtype, 1e-2) * scale
+        dtype = self.model.dtype
+        if dtype == torch.float32:
+            dtype = product_type(self.model.device)
+        allowed = _TOLERANCE.get(dtype, 1e-2) * scale
         if not error <= allowed:
             reason = f"logits of {what} differ by {error:.2g} (at most {allowed:.2g} is rounding)"
             raise UnsupportedModelError(self.kind, reason)

@@ -1,6 +1,7 @@
 """What must not slip into a stored prefix: other arithmetic, other inputs, another model."""
 
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -8,34 +9,57 @@ import torch
 import chunkcache
 from chunkcache.attention.partial import partial
 from chunkcache.attention.workspace import Workspace
-from tests.models import FULL_ATTENTION, build, prompt, run, tiny, wrapped
+from tests.models import DEVICE, FULL_ATTENTION, build, kept, prompt, run, same, tiny, wrapped
 
 
 def test_large_scores_do_not_overflow_in_float16():
-    query = torch.full((1, 1, 4, 64), 40.0, dtype=torch.float16)
-    keys = torch.full((1, 1, 64, 16), 40.0, dtype=torch.float16)
-    values = torch.ones(1, 1, 16, 64, dtype=torch.float16)
-    states = partial(query, keys, values, 64**-0.5, Workspace(torch.device("cpu")), "t")
+    query = torch.full((1, 1, 4, 64), 40.0, dtype=torch.float16, device=DEVICE)
+    keys = torch.full((1, 1, 64, 16), 40.0, dtype=torch.float16, device=DEVICE)
+    values = torch.ones(1, 1, 16, 64, dtype=torch.float16, device=DEVICE)
+    states = partial(query, keys, values, 64**-0.5, Workspace(torch.device(DEVICE)), "t")
     assert states.m.isfinite().all() and states.o.eq(16).all()
 
 
 def test_autocast_is_refused():
     cached = wrapped(tiny("llama"))
     with (
-        torch.autocast("cpu", torch.bfloat16),
+        torch.autocast(DEVICE, torch.bfloat16),
         pytest.raises(chunkcache.UnsupportedRequestError, match="autocast"),
     ):
         run(cached, prompt(20))
 
 
-def test_another_matmul_precision_is_another_namespace():
-    cached = wrapped(tiny("llama"))
-    before = cached._namespace()
-    torch.set_float32_matmul_precision("medium")
+@contextmanager
+def older_switch():
+    torch.set_float32_matmul_precision("high")
     try:
-        assert cached._namespace() != before
+        yield
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@contextmanager
+def newer_switch():
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("switch", [older_switch, newer_switch])
+def test_another_matmul_precision_is_another_namespace_and_proved_anew(switch):
+    cached = wrapped(tiny("llama"))
+    before, proof = cached._namespace(), cached.proof
+    with switch():
+        cold = run(cached, prompt(70))
+        assert cached._namespace() != before
+        assert cached.proof is not proof
+        run(cached, prompt(90))
+        assert same(run(cached, prompt(70)), cold)
+        assert cached.last_reuse[0].cached_tokens >= kept(cached, 69)
+    assert cached._namespace() == before
 
 
 @pytest.mark.parametrize(
@@ -102,7 +126,7 @@ def test_a_change_during_a_request_ends_its_storing():
     def change(input_ids, scores, **_):
         with torch.no_grad():
             model.model.layers[0].self_attn.v_proj.weight.mul_(1.01)
-        return torch.zeros(len(input_ids), dtype=torch.bool)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     run(cached, prompt(40), new=30, stopping_criteria=[change])
     longest = max((row.start + row.tokens for row in cached.tree_rows()), default=0)
