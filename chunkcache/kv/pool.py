@@ -11,6 +11,7 @@ from __future__ import annotations
 from itertools import pairwise
 from threading import RLock
 
+import torch
 from sortedcontainers import SortedList
 
 from chunkcache.errors import ConfigError
@@ -144,7 +145,11 @@ class Pool:
         if room <= 0:
             return
         size = min(room, max(chunks, self._slab_chunks))
-        self._slabs.append(self.layout.allocate(size))
+        try:
+            self._slabs.append(self.layout.allocate(size))
+        except torch.OutOfMemoryError:  # the budget was more than the device has
+            self.capacity = max(1, sum(self._sizes))
+            return
         self._sizes.append(size)
         self._give(size, len(self._slabs) - 1, 0)
 

@@ -89,10 +89,14 @@ class PrefixStore:
             if run is None:
                 self.flow.refused += count
                 return None
-            for layer, (keys, values) in enumerate(blocks(first, len(run))):
-                to_keys, to_values = run.layer(layer)
-                to_keys.copy_(keys)
-                to_values.copy_(values)
+            try:
+                for layer, (keys, values) in enumerate(blocks(first, len(run))):
+                    to_keys, to_values = run.layer(layer)
+                    to_keys.copy_(keys)
+                    to_values.copy_(values)
+            except BaseException:  # a device out of memory, say: no tree knows the run yet
+                self.pool.free(run)
+                raise
             self.flow.stored += len(run)
             return run
 
