@@ -176,10 +176,10 @@ def _timed(model: Any, tokenizer: Any, ids: list[int]) -> _Timed:
 
     def note(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         moments.append(perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool)
+        return input_ids.new_zeros(len(input_ids), dtype=torch.bool)
 
     started = perf_counter()
-    prompt = torch.tensor([ids])
+    prompt = torch.tensor([ids], device=model.device)
     with torch.no_grad():
         output = model.generate(
             prompt,
