@@ -19,11 +19,6 @@ os.environ.update(
 
 ROOT = Path(__file__).resolve().parents[1]
 
-if os.environ.get("CHUNKCACHE_DEVICE") == "pretend":
-    from tests import pretend
-
-    pretend.register()
-
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:

@@ -27,7 +27,6 @@ from chunkcache.attention.workspace import Workspace
 
 LOG2E = math.log2(math.e)
 ROW_MULTIPLE = 4  # batched products give a row the same bits from four rows up
-_BLOCK = 2**19  # scores worked on at a time: 2 MiB, the second-level caches of two cores
 _UNIT = 2.0**40  # of fixed-point numbers
 _LOWEST = -1e30  # in place of -inf, so that a chunk without a visible key gives 0 and not NaN
 
@@ -95,7 +94,7 @@ def partial(
     l, _ = space.get(name + ".l", (n, heads, rows))
     # Scaled before the product: unscaled scores overflow float16.
     query = (query.float() * (scaling * LOG2E)).to(keys.dtype)
-    size = min(n, max(1, _BLOCK // (heads * rows * chunk)))
+    size = min(n, max(1, space.block // (heads * rows * chunk)))
     seen = n - (0 if hidden is None else hidden.shape[0])
     repeated = len(query) == 1
     if repeated and size > 1:
@@ -170,7 +169,7 @@ def fold(
     missing = states.o.shape[2] - rows
     scale = weights(states, torch.nn.functional.pad(maximum, (0, missing)), space)
     total.l.add_(fixed_point(states.l * scale).sum(0)[:, :rows])
-    size = max(1, _BLOCK // states.o[0].numel())
+    size = max(1, space.block // states.o[0].numel())
     for begin in range(0, len(states.o), size):
         block = slice(begin, begin + size)
         weighted = weigh(states.o[block], scale[block], space)[:, :, :rows]

@@ -10,9 +10,10 @@ import torch
 
 from chunkcache.attention.groups import Group
 from chunkcache.attention.partial import padded_rows
+from chunkcache.attention.workspace import Workspace
 from chunkcache.kv.sequence import Sequence
 
-_BLOCK_SCORES = 2**23  # scores of a block of prefill; its partial outputs take about 32 MiB
+_BLOCKS = 16  # of scores in a block of prefill; on a CPU its partial outputs take about 32 MiB
 
 
 @dataclass
@@ -107,17 +108,18 @@ class PrefillPlan:
         self.chunk_size = chunk_size
         self._steps: dict[tuple[int, int], list[PrefillStep]] = {}
 
-    def steps(self, query_heads: int, heads: int, device: torch.device) -> list[PrefillStep]:
+    def steps(self, query_heads: int, heads: int, space: Workspace) -> list[PrefillStep]:
         """Blocks for a layer with so many heads; made once."""
         found = self._steps.get((query_heads, heads))
         if found is None:
-            found = self._steps[query_heads, heads] = self._cut(query_heads, heads, device)
+            found = self._steps[query_heads, heads] = self._cut(query_heads, heads, space)
         return found
 
-    def _cut(self, query_heads: int, heads: int, device: torch.device) -> list[PrefillStep]:
-        keys = self.start + self.tokens
-        fitting = _BLOCK_SCORES // (query_heads * keys) // 16 * 16
-        size = max(16, min(self.chunk_size, fitting))
+    def _cut(self, query_heads: int, heads: int, space: Workspace) -> list[PrefillStep]:
+        keys, device = self.start + self.tokens, space.device
+        fitting = _BLOCKS * space.block // (query_heads * keys) // 16 * 16
+        most = self.chunk_size if device.type == "cpu" else self.tokens
+        size = max(16, min(most, fitting))
         steps, at = [], 0
         while at < self.tokens:
             first = self.start + at

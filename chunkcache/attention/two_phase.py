@@ -179,7 +179,7 @@ def attend_prefill(
     folded = query_heads // heads
     rows = query.reshape(heads, folded, tokens, dim).transpose(1, 2)  # [heads, tokens, folded, dim]
     out = query.new_empty((tokens, query_heads, tail.values.shape[-1]))
-    for step in plan.steps(query_heads, heads, query.device):
+    for step in plan.steps(query_heads, heads, space):
         blocks = [*shared, Block(tail.keys[: step.seen], tail.values[: step.seen])]
         new = rows[:, step.begin : step.end]
         total = _attend_rows(new.flatten(1, 2), blocks, step.hidden, scaling, space, ordered)

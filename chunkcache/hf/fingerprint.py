@@ -7,10 +7,12 @@ operations, and a sample of values sees most that go around them (`tensor.data`)
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from operator import is_
 from typing import Any
 
 import torch
@@ -116,22 +118,19 @@ class Watch:
     `changed()` is true after an in-place change of any watched value or version counter.
 
     Raises:
-        ModelChangedError: (from `changed`) tensors were replaced, moved or re-typed.
+        ModelChangedError: (from `changed`) tensors were replaced, moved or re-typed, or the
+            configuration, a plain attribute, a hook or a forward of a module is another.
     """
 
     def __init__(self, model: PreTrainedModel, twin: PreTrainedModel):
         self._model = model
-        self._twin = dict(tensors_of(twin))
-        tensors = tensors_of(model)
-        self._places = self._where(tensors)
-        self._structure = structure(model)
-        self._versions = [_version(tensor) for _, tensor in tensors]
-        self._views = [_sample(tensor) for _, tensor in tensors]
+        self._config = copy.deepcopy(model.config)
+        pairs = zip(model.modules(), twin.modules(), strict=True)
+        self._modules = [_Module(module, copied) for module, copied in pairs]
+        self._tensors = [tensor for _, tensor in tensors_of(model)]
+        self._versions = [_version(tensor) for tensor in self._tensors]
+        self._views = [_sample(tensor) for tensor in self._tensors]
         self._values = self._read()
-
-    @staticmethod
-    def _where(tensors: list[tuple[str, torch.Tensor]]) -> list[tuple[object, ...]]:
-        return [(name, t.data_ptr(), t.dtype, t.device, t.shape) for name, t in tensors]
 
     def _read(self) -> list[torch.Tensor]:
         by_type: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
@@ -140,39 +139,66 @@ class Watch:
         return [torch.cat(views) for views in by_type.values()]
 
     def changed(self) -> bool:
-        """Whether weights changed in place. About 10 us per tensor."""
-        tensors = tensors_of(self._model)
-        if self._where(tensors) != self._places or any(
-            self._twin[name].data_ptr() != tensor.data_ptr() for name, tensor in tensors
-        ):
+        """Whether weights changed in place. A few microseconds per module and tensor."""
+        if not all(module.in_place() for module in self._modules):
             raise ModelChangedError(
                 "the model was moved, re-typed or restructured after wrapping; wrap it again"
             )
-        if structure(self._model) != self._structure:
+        if self._model.config != self._config or not all(m.as_it_was() for m in self._modules):
             raise ModelChangedError(
                 "settings, hooks or forwards of the model changed after wrapping; wrap it again"
             )
-        if [_version(tensor) for _, tensor in tensors] != self._versions:
+        if [_version(tensor) for tensor in self._tensors] != self._versions:
             return True
         return not all(map(_same_bits, self._read(), self._values))
 
 
-def structure(model: PreTrainedModel) -> list[object]:
-    """What decides a model's answers besides its tensors, as far as Python shows it.
+class _Module:
+    """One module and its copy in the twin, as they were: what decides answers besides values."""
 
-    The configuration, and of every module its type, plain attributes, hooks and a forward of its own.
-    """
-    found: list[object] = [model.config.to_dict()]
-    for module in model.modules():
-        own = module.__dict__
-        plain = {
+    def __init__(self, module: torch.nn.Module, twin: torch.nn.Module):
+        self._module = module
+        self._twin = twin
+        self._children = list(module._modules.values())
+        self._places = self._where()
+        self._plain = {
             name: value
-            for name, value in own.items()
+            for name, value in module.__dict__.items()
             if isinstance(value, _PLAIN) and name not in _VOLATILE
         }
+        self._rest = self._other()
+
+    def in_place(self) -> bool:
+        """Whether children and tensors are the same objects in the same memory, the twin's too."""
+        children = self._module._modules.values()
+        same = len(children) == len(self._children) and all(map(is_, children, self._children))
+        return same and self._where() == self._places
+
+    def _where(self) -> list[tuple[object, ...]]:
+        own, copied = self._module, self._twin
+        found: list[tuple[object, ...]] = []
+        for ours, theirs in (
+            (own._parameters, copied._parameters),
+            (own._buffers, copied._buffers),
+        ):
+            for name, tensor in ours.items():
+                if tensor is not None:
+                    other = theirs[name]
+                    place = tensor.data_ptr()
+                    shared = other is not None and other.data_ptr() == place
+                    found.append((name, place, tensor.dtype, tensor.device, tensor.shape, shared))
+        return found
+
+    def as_it_was(self) -> bool:
+        """Whether type, plain attributes, hooks and forward are the same."""
+        now, missing = self._module.__dict__, object()
+        same = all(now.get(name, missing) == value for name, value in self._plain.items())
+        return same and self._other() == self._rest
+
+    def _other(self) -> tuple[object, ...]:
+        module = self._module
         hooks = (*module._forward_hooks, *module._forward_pre_hooks)
-        found.append((type(module), plain, hooks, id(own.get("forward"))))
-    return found
+        return type(module), len(module.__dict__), hooks, id(module.__dict__.get("forward"))
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -110,19 +110,21 @@ class CachedModel:
     def _fingerprint(self) -> None:
         self._weights = digest_weights(self.model)
         self._watch = Watch(self.model, self._twin)
+        self._space = self._name()
 
     def _namespace(self) -> bytes:
         """Where chunks of the model as it is now belong; forgets those of changed weights."""
         with self._lock:
             if self._watch.changed():
-                stale = self._name()
+                stale = self._space
                 self._fingerprint()
-                if stale != self._name():
+                if stale != self._space:
                     self.store.drop(stale)
             if self.proof.arithmetic != arithmetic(self.model.device):
                 self.proof = self._prove()
                 self._apply_proof()
-            return self._name()
+                self._space = self._name()
+            return self._space
 
     def _name(self) -> bytes:
         settings = {

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from chunkcache.attention.batch import Batch
 from chunkcache.attention.choice import choose
 from chunkcache.attention.groups import Decisions, Gate
+from chunkcache.attention.kernel import Kernel
 from chunkcache.config import Config
 from chunkcache.hf.cache import ChunkCache
 from chunkcache.hf.flights import Flight, Flights
@@ -64,8 +65,6 @@ class Prefiller:
         self.current = current
         self.decisions = Decisions()
         self.flights = Flights(settings.chunk_size)
-        ordered = settings.mode == "exact"
-        self._kernels = choose(store.layout, settings.kernel, ordered)
         self._gate = Gate(settings.two_phase, settings.two_phase_rows, settings.two_phase_tokens)
 
     # -- opening
@@ -115,7 +114,13 @@ class Prefiller:
                 layers = range(len(layout.layers))
                 arena.copy_chunks([run.layer(layer) for layer in layers], at)
                 at += len(run)
-        return Batch(layout, [sequence], arena, self._kernels(layout), self._gate, self.decisions)
+        return Batch(layout, [sequence], arena, self._kernel(), self._gate, self.decisions)
+
+    def _kernel(self) -> Kernel:
+        """One per row, with scratch memory of its own."""
+        # Between borders a hit runs the same products as a miss, whatever their order inside.
+        ordered = self.settings.mode == "exact" and not self.borders
+        return choose(self.store.layout, self.settings.kernel, ordered)(self.store.layout)
 
     def _reuse(self, tokens: int, limit: int, used: int, match: Match) -> Reuse:
         found = match.tokens
