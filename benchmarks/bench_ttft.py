@@ -42,22 +42,20 @@ def measure(model: object, modes: dict[str, CachedModel], shared: int, args: dic
     """Samples of plain, cold and warm runs, in turns."""
     prompts = Prompts(shared, args["private"], args["seed"] + shared)
 
-    def cold(cached: CachedModel) -> None:
-        cached.flush()
-        first_token(cached, prompts.next())
+    def flush() -> None:
+        for cached in modes.values():
+            cached.flush()
 
-    def calls() -> dict:
-        found = {"plain": lambda: first_token(model, prompts.next())}
-        for name, cached in modes.items():
-            found[f"cold {name}"] = lambda cached=cached: cold(cached)
-        return found
-
-    interleaved(calls(), 1)
-    samples = interleaved(calls(), args["repeats"])
+    calls = {"plain": lambda: first_token(model, prompts.next())}
+    for name, cached in modes.items():
+        calls[f"cold {name}"] = lambda cached=cached: first_token(cached, prompts.next())
+    repeats = args["repeats"] * (1 if shared > 1024 else 3)
+    interleaved(calls, 1, flush)
+    samples = interleaved(calls, repeats, flush)
     for name, cached in modes.items():
         warm = {f"warm {name}": lambda cached=cached: first_token(cached, prompts.next())}
         interleaved(warm, 2)
-        samples |= interleaved(warm, max(9, args["repeats"]))
+        samples |= interleaved(warm, 15)
         assert cached.last_reuse[0].cached_tokens == shared
     return {name: [round(value, 6) for value in values] for name, values in samples.items()}
 
@@ -68,8 +66,8 @@ def summary(samples: dict) -> dict:
     best = {name: min(values) for name, values in samples.items()}
     return {
         "medians": mid,
-        "speedup exact": mid["cold exact"] / mid["warm exact"],
-        "speedup fast": mid["cold fast"] / mid["warm fast"],
+        "cold / warm exact": mid["cold exact"] / mid["warm exact"],
+        "cold / warm fast": mid["cold fast"] / mid["warm fast"],
         "plain / warm exact": mid["plain"] / mid["warm exact"],
         "cost at 0 % hits": mid["cold exact"] / mid["plain"] - 1,
         "cost at 0 % hits (fastest runs)": best["cold exact"] / best["plain"] - 1,
@@ -134,28 +132,34 @@ def decode(model: object, modes: dict[str, CachedModel], seed: int) -> dict:
 def main(shared: str, private: int, repeats: int, dtypes: str, seed: int) -> None:
     """Prints a table and one JSON line; keeps the raw samples in results/."""
     args = {"private": private, "repeats": repeats, "seed": seed}
-    result: dict = {}
     for dtype in dtypes.split(","):
         model = llama_200m(getattr(torch, dtype), seed)
         modes = {
             mode: chunkcache.wrap(model, config=chunkcache.Config(mode=mode))  # type: ignore
             for mode in ("exact", "fast")
         }
-        print(f"{dtype}: {modes['exact'].stats().exactness}, rows x {modes['exact'].proof.rows}")
-        print("shared  plain ms  cold ms  warm ms  speed-up  miss cost  exact/fast cold, warm")
-        rows = result[dtype] = {}
+        proof = modes["exact"].proof
+        print(f"{dtype}: {modes['exact'].stats().exactness}, rows x {proof.rows}, {proof.kernel}")
+        print(
+            "shared plain ms cold ms warm ms cold/warm plain/warm miss cost  exact/fast cold, warm"
+        )
+        rows: dict = {}
         for tokens in map(int, shared.split(",")):
             samples = measure(model, modes, tokens, args)
             found = summary(samples)
             rows[tokens] = {"samples": samples, **found}
             mid = found["medians"]
-            print(
-                f"{tokens:6}  {mid['plain'] * 1e3:8.0f} {mid['cold exact'] * 1e3:8.0f} "
-                f"{mid['warm exact'] * 1e3:8.1f}  {found['speedup exact']:7.1f}x "
-                f"{found['cost at 0 % hits']:+9.1%}  {found['price of exact, cold']:+.1%}, "
-                f"{found['price of exact, warm']:+.1%}",
-                flush=True,
+            columns = (
+                f"{tokens:6}",
+                f"{mid['plain'] * 1e3:8.0f}",
+                f"{mid['cold exact'] * 1e3:7.0f}",
+                f"{mid['warm exact'] * 1e3:7.1f}",
+                f"{found['cold / warm exact']:9.1f}x",
+                f"{found['plain / warm exact']:10.1f}x",
+                f"{found['cost at 0 % hits']:+9.1%}",
+                f"{found['price of exact, cold']:+.1%}, {found['price of exact, warm']:+.1%}",
             )
+            print(" ".join(columns), flush=True)
         rows["decode ms per token"] = decode(model, modes, seed)
         print(
             "decode ms per token:", {k: round(v, 1) for k, v in rows["decode ms per token"].items()}
@@ -164,7 +168,7 @@ def main(shared: str, private: int, repeats: int, dtypes: str, seed: int) -> Non
         print(
             f"KV of 32 x (4,096 + 128): {rows['memory']['ratio']:.3f} of the unique tokens' bytes"
         )
-    save("bench_ttft", args | {"shared": shared, "dtypes": dtypes}, result)
+        save(f"bench_ttft_{dtype}", args | {"shared": shared}, {dtype: rows})
 
 
 if __name__ == "__main__":

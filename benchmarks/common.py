@@ -51,11 +51,20 @@ def times(call: Callable[[], object], repeats: int) -> list[float]:
     return found
 
 
-def interleaved(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, taken in turns, so that drift of the machine hits all alike."""
+def interleaved(
+    calls: dict[str, Callable[[], object]],
+    repeats: int,
+    before: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds of each call, taken in turns, so that drift of the machine hits all alike.
+
+    Args:
+        before: runs ahead of every call, outside of its time.
+    """
     found: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
+            before()
             found[name] += times(call, 1)
     return found
 
@@ -85,7 +94,9 @@ def save(name: str, settings: dict[str, Any], result: dict[str, Any]) -> None:
     """Keeps the raw result and prints it as the last line."""
     record = {
         "benchmark": name,
-        "command": " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+        "command": " ".join(
+            ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
+        ),
         "machine": machine(),
         "settings": settings,
         "result": result,

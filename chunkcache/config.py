@@ -58,8 +58,8 @@ class Config:
     policy: str = "lru"
     tenant: str = ""
     two_phase: bool = True
-    two_phase_rows: int = 2
-    two_phase_tokens: int = 64
+    two_phase_rows: int = 4
+    two_phase_tokens: int = 256
     prefill_step: int = 1024
     border: int = 512
     exactness: Literal["auto", "borders"] = "auto"

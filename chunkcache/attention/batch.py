@@ -125,6 +125,15 @@ class Batch:
         pairs = (self.arena.layer(layer) for layer in range(len(self.layout.layers)))
         return [(keys[chosen], values[chosen]) for keys, values in pairs]
 
+    def finite_chunks(self, row: int) -> int:
+        """How many chunks of a row's tail come before the first that is not all finite numbers.
+
+        Looks at the last layer only: what is not finite in an earlier one shows there too.
+        """
+        ids = torch.tensor(self.sequences[row].tail, device=self.layout.device)
+        kept = [part[ids].isfinite().flatten(1).all(1) for part in self.arena.layer(-1)]
+        return int((kept[0] & kept[1]).cumprod(0).sum())
+
     def select(self, rows: Rows[int]) -> Batch:
         """A batch of copies of the named rows (repeats allowed); shared chunks are not copied."""
         ids: list[int] = []

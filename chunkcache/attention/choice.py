@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Literal
+
+import torch
 
 from chunkcache.attention.kernel import Kernels
 from chunkcache.attention.native.kernel import TYPES, NativeKernel
 from chunkcache.attention.native.library import libraries
+from chunkcache.attention.selfcheck import keeps_promise
 from chunkcache.attention.torch_kernel import TorchKernel
 from chunkcache.errors import ConfigError
 from chunkcache.kv.layout import ChunkLayout
@@ -24,21 +27,34 @@ def choose(layout: ChunkLayout, wanted: Wanted = "auto", ordered: bool = True) -
     Raises:
         ConfigError: the native kernel is wanted and cannot serve this layout here.
     """
-    reason = _why_not_native(layout)
-    if wanted == "native" and reason:
+    found, reason = _native(layout)
+    if wanted == "native" and found is None:
         raise ConfigError(f"kernel is 'native', but {reason}; use 'auto'")
-    if wanted == "torch" or reason:
+    if wanted == "torch" or found is None:
         return partial(TorchKernel, ordered=ordered)
-    name, library = next(iter(libraries()[0].items()))
-    return partial(NativeKernel, library=library, instructions=name)
+    return found
 
 
-def _why_not_native(layout: ChunkLayout) -> str | None:
+def _native(layout: ChunkLayout) -> tuple[Kernels | None, str]:
+    """The best native kernel for a layout, or why there is none."""
     if layout.device.type != "cpu":
-        return f"it is for CPUs and the model is on {layout.device.type}"
+        return None, f"it is for CPUs and the model is on {layout.device.type}"
     if layout.dtype not in TYPES:
-        return f"it has no code for {layout.dtype}"
-    found, missing = libraries()
-    if not found:
-        return "; ".join(f"{name}: {why}" for name, why in missing.items())
-    return None
+        return None, f"it has no code for {layout.dtype}"
+    found, missing = sound(layout.dtype)
+    reason = "; ".join(f"{name}: {why}" for name, why in missing.items())
+    return next(iter(found.values()), None), reason
+
+
+@cache
+def sound(dtype: torch.dtype) -> tuple[dict[str, Kernels], dict[str, str]]:
+    """The native kernels that keep their promise here, best first; and why the others do not serve."""
+    modules, missing = libraries()
+    found: dict[str, Kernels] = {}
+    for name, library in modules.items():
+        kernels = partial(NativeKernel, library=library, instructions=name)
+        if keeps_promise(kernels, dtype):
+            found[name] = kernels
+        else:
+            missing = missing | {name: "it failed its check on this machine"}
+    return found, missing

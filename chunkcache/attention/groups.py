@@ -14,8 +14,8 @@ class Gate(NamedTuple):
     """When phase 1 is formed: the measured break-even, or never."""
 
     enabled: bool = True
-    rows: int = 2
-    tokens: int = 64
+    rows: int = 4
+    tokens: int = 256
 
 
 class Group(NamedTuple):

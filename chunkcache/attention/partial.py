@@ -203,4 +203,4 @@ def fixed_point(x: torch.Tensor) -> torch.Tensor:
 
 def finish(total: Total) -> torch.Tensor:
     """Attention output, `[..., value_dim]` float32."""
-    return total.o / (total.l.to(torch.float64) / _UNIT).float().unsqueeze(-1)
+    return total.o / (total.l.float() / _UNIT).unsqueeze(-1)

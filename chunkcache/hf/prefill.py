@@ -114,6 +114,7 @@ class Prefiller:
                 layers = range(len(layout.layers))
                 arena.copy_chunks([run.layer(layer) for layer in layers], at)
                 at += len(run)
+            arena.clear_behind(needed - 1, rest - (needed - 1) * layout.chunk_size)
         return Batch(layout, [sequence], arena, self._kernel(), self._gate, self.decisions)
 
     def _kernel(self) -> Kernel:
@@ -181,10 +182,15 @@ class Prefiller:
     def store_tokens(
         self, namespace: bytes, batch: Batch, row: int, tokens: list[int], **labels: object
     ) -> int:
-        """Stores whole chunks of one row of a batch; returns how many tokens are stored now."""
+        """Stores whole chunks of one row of a batch; returns how many tokens are stored now.
+
+        None from the first chunk on that holds an infinity or a NaN: a product over the whole chunk
+        carries it to tokens before it, so that what is stored would depend on what came behind.
+        """
         if self.current() != namespace:
             return 0
         shared = batch.sequences[row].shared_tokens // self.settings.chunk_size
+        tokens = tokens[: (shared + batch.finite_chunks(row)) * self.settings.chunk_size]
 
         def blocks(first: int, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
             return batch.tail_blocks(row, first - shared, count)

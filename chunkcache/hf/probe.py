@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 from chunkcache.attention.batch import Batch
 from chunkcache.attention.choice import Wanted, choose
 from chunkcache.attention.groups import Gate
-from chunkcache.errors import UnsupportedModelError
+from chunkcache.errors import ChunkcacheError, UnsupportedModelError
 from chunkcache.hf.cache import ChunkCache
 from chunkcache.hf.fingerprint import arithmetic, product_type
 from chunkcache.hf.forward import ForwardHooks
@@ -112,7 +112,7 @@ def probe(
     try:
         with torch.no_grad():
             return _Probe(model, twin, hooks, chunk_size, kernel).run(rows)
-    except UnsupportedModelError:
+    except ChunkcacheError:
         raise
     except _MODEL_ERRORS as error:
         reason = f"its forward fails on the probe ({type(error).__name__}: {error})"

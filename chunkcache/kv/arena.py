@@ -107,6 +107,12 @@ class Arena:
             keys[first : first + len(from_keys)].copy_(from_keys)
             values[first : first + len(from_values)].copy_(from_values)
 
+    def clear_behind(self, chunk: int, offset: int) -> None:
+        """Forgets the tokens of a chunk from `offset` on: they belong to somebody else's prompt."""
+        for keys, values in self._layers:
+            keys[chunk, :, :, offset:] = 0
+            values[chunk, :, offset:] = 0
+
     def select(self, ids: list[int]) -> Arena:
         """A new arena with copies of the named chunks, in that order (repeats allowed)."""
         other = Arena(self.layout, len(ids))

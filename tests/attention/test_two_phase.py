@@ -1,6 +1,5 @@
 """Two-phase attention against one plain softmax, and against itself cut in every other way."""
 
-import functools
 import math
 import os
 import shutil
@@ -10,14 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunkcache.attention import reference
+from chunkcache.attention import choice, reference
 from chunkcache.attention.batch import Batch
 from chunkcache.attention.groups import Decisions, Gate, group_rows
-from chunkcache.attention.native.kernel import NativeKernel
+from chunkcache.attention.native import library
 from chunkcache.attention.native.library import SETS, libraries
 from chunkcache.attention.partial import Total, finish, fold, natural, partial
 from chunkcache.attention.torch_kernel import TorchKernel
 from chunkcache.attention.workspace import Workspace, padded_size
+from chunkcache.errors import ConfigError
 from chunkcache.kv import Arena, ChunkLayout, LayerShape, Pool
 from chunkcache.kv.sequence import Sequence
 from tests.models import DEVICE, TYPES
@@ -25,11 +25,7 @@ from tests.models import DEVICE, TYPES
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
-KERNELS = {"torch": TorchKernel} | {
-    name: functools.partial(NativeKernel, library=library, instructions=name)
-    for name, library in libraries()[0].items()
-    if DEVICE == "cpu"
-}
+KERNELS = {"torch": TorchKernel} | (choice.sound(torch.float32)[0] if DEVICE == "cpu" else {})
 
 
 @pytest.fixture(params=KERNELS)
@@ -48,15 +44,16 @@ def agree(ours, theirs):
 class World:
     """One long sequence, its chunks in a pool, and its attention done at once."""
 
-    def __init__(self, heads, folded, dim, chunk, length, dtype, seed=0, kernel=TorchKernel):
-        torch.manual_seed(seed)
+    def __init__(self, heads, folded, dim, chunk, length, dtype, kernel=TorchKernel, wide=None):
+        wide = wide or dim
+        torch.manual_seed(0)
         self.layout = ChunkLayout(
-            (LayerShape(heads, dim, dim),), chunk, dtype, torch.device(DEVICE)
+            (LayerShape(heads, dim, wide),), chunk, dtype, torch.device(DEVICE)
         )
         self.length, self.chunk = length, chunk
         self.kernel = kernel
         self.keys = torch.randn(heads, length, dim).to(dtype).to(DEVICE)
-        self.values = torch.randn(heads, length, dim).to(dtype).to(DEVICE)
+        self.values = torch.randn(heads, length, wide).to(dtype).to(DEVICE)
         self.query = torch.randn(1, heads * folded, length, dim).to(dtype).to(DEVICE)
         self.scaling = dim**-0.5
         self.pool = Pool(self.layout, self.layout.chunk_bytes * 1000)
@@ -110,7 +107,7 @@ SHAPES = [
     (3, 2, 80, 32),
     (4, 2, 8, 16),
 ]
-ODD = [(2, 3, 9, 5), (1, 130, 16, 128)]  # torch's products are not row-invariant for all of these
+ODD = [(2, 3, 9, 5), (1, 300, 16, 128)]  # torch's products are not row-invariant for all of these
 CASES = [(name, shape) for name in KERNELS for shape in SHAPES + (ODD if name != "torch" else [])]
 
 
@@ -126,6 +123,32 @@ def test_the_reference_agrees(shape, dtype, kernel):
         world.scaling,
     )
     assert (world.full.double() - expected).abs().max() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dims", [(24, 40), (40, 24), (7, 33)], ids=str)
+def test_values_may_be_wider_or_narrower_than_keys(dims, kernel):
+    world = World(2, 2, dims[0], 16, 60, torch.float32, kernel=kernel, wide=dims[1])
+    at = torch.arange(60, device=DEVICE)
+    expected = reference.attend(world.query[0], world.keys, world.values, at, world.scaling)
+    torch.testing.assert_close(world.full, expected, atol=2e-6, rtol=1e-5)
+    together = Batch.join([world.batch(world.runs(2)) for _ in range(3)])
+    at, out = world.step(together)
+    torch.testing.assert_close(out, world.full[at], atol=2e-6, rtol=1e-5)
+
+
+def test_more_rows_than_fit_in_a_tile(kernel):
+    """32 rows of 13 heads share one run of chunks, and then part."""
+    world = World(1, 13, 16, 16, 90, torch.float32, kernel=kernel)
+    runs, rows = world.runs(3), []
+    for row in range(32):
+        rows.append(world.batch(runs))
+        if row:
+            world.forward(rows[-1], 48, 48 + row)
+    together = Batch.join(rows)
+    together.gate = Gate(rows=2, tokens=16)
+    at, out = world.step(together)
+    assert len(together.groups()[0].rows) == 32
+    assert agree(out, world.full[at])
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -162,10 +185,42 @@ def test_no_cut_no_company_no_layout_shows(name, shape, dtype, data):
 
 def test_native_kernels_are_built_where_they_can_be():
     """A build that fails is not an error, since a compiler is optional; it must not go unnoticed."""
-    found, missing = libraries()
+    found, missing = choice.sound(torch.float32)
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler and os.uname().machine == "x86_64":
         assert all(name in found or "lacks" in missing[name] for name in SETS), missing
+
+
+def test_modules_of_other_sources_are_left_alone(monkeypatch):
+    monkeypatch.setattr(library, "VERSION", -1)
+    found, missing = libraries.__wrapped__()
+    assert not found and all("other sources" in missing[name] for name in libraries()[0])
+
+
+def test_a_module_that_fails_its_check_does_not_serve(monkeypatch):
+    monkeypatch.setattr(choice, "keeps_promise", lambda kernels, dtype: False)
+    found, missing = choice.sound.__wrapped__(torch.float32)
+    assert not found and all("failed" in missing[name] for name in libraries()[0])
+
+
+def test_a_kernel_that_is_not_to_be_had_says_why():
+    layout = ChunkLayout((LayerShape(1, 8, 8),), 16, torch.float64, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"no code for torch\.float64"):
+        choice.choose(layout, "native")
+    assert isinstance(choice.choose(layout)(layout), TorchKernel)
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if name != "torch"])
+def test_native_kernels_refuse_what_they_could_not_read(name):
+    """They are handed addresses: nothing behind this check would notice."""
+    world = World(2, 2, 16, 16, 40, torch.float32, kernel=KERNELS[name])
+    query = world.query[:, :, :10]
+    cases = [(query[:, :, :9], 0.25), (query[..., :8], 0.25), (query[:, :3], 0.25)]
+    for wrong, scaling in [*cases, (query.to("meta"), 0.25), (query, -0.25)]:
+        batch = world.batch([])
+        batch.begin([list(range(10))])
+        with pytest.raises(ValueError, match="layer 0"):
+            batch.attend(0, wrong, scaling)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -219,7 +274,7 @@ def test_groups_follow_the_chunks_that_rows_share():
         world.sequence([*stem, other]),
     ]
     decisions = Decisions()
-    groups = group_rows(rows, Gate(tokens=16), 16, decisions)
+    groups = group_rows(rows, Gate(rows=2, tokens=16), 16, decisions)
     found = [(group.run.slab, group.run.start, len(group.run), group.rows) for group in groups]
     start = stem[0].start
     assert (0, start, 1, (0, 1, 2, 4)) in found, "one divergent row does not end the sharing"

@@ -9,7 +9,18 @@ import torch
 import chunkcache
 from chunkcache.attention.partial import partial
 from chunkcache.attention.workspace import Workspace
-from tests.models import DEVICE, FULL_ATTENTION, build, kept, prompt, run, same, tiny, wrapped
+from tests.models import (
+    DEVICE,
+    FULL_ATTENTION,
+    build,
+    kept,
+    prompt,
+    run,
+    same,
+    stored,
+    tiny,
+    wrapped,
+)
 
 
 def test_large_scores_do_not_overflow_in_float16():
@@ -18,6 +29,31 @@ def test_large_scores_do_not_overflow_in_float16():
     values = torch.ones(1, 1, 16, 64, dtype=torch.float16, device=DEVICE)
     states = partial(query, keys, values, 64**-0.5, Workspace(torch.device(DEVICE)), "t")
     assert states.m.isfinite().all() and states.o.eq(16).all()
+
+
+@pytest.mark.parametrize("kernel", ["torch", "auto"])
+def test_what_is_not_finite_stays_where_it_is(kernel):
+    """A token whose values overflow reaches its whole chunk, whatever came before it in there."""
+    model = build("llama", FULL_ATTENTION["llama"])
+    cached = wrapped(model, kernel=kernel)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[2] = torch.inf
+    tokens = prompt(80)
+    bad = [*tokens[:40], 2, *tokens[41:]]
+    expected = run(cached, tokens[:60])
+    assert expected.logits[0].isfinite().all()
+    cached.flush()
+    run(cached, bad)
+    assert same(run(cached, tokens[:60]), expected)
+    assert cached.last_reuse[0].cached_tokens == kept(cached, 32)
+    for chunk in stored(cached).values():
+        assert all(tensor.isfinite().all() for tensor in chunk)
+
+
+def test_a_kernel_that_cannot_serve_is_an_error_of_settings():
+    with pytest.raises(chunkcache.ConfigError, match="'native'"):
+        wrapped(tiny("llama", torch.float64), kernel="native")
+    assert wrapped(tiny("llama"), kernel="torch").stats().kernel == "torch"
 
 
 def test_autocast_is_refused():

@@ -82,6 +82,7 @@ def test_any_history_any_batch(data):
         model,
         device_bytes=layout_chunk * data.draw(st.integers(2, 30)),
         prefill_step=data.draw(st.sampled_from([5, 16, 1024])),
+        two_phase_rows=2,
         two_phase_tokens=16,
     )
     stems = [prompt(60, seed=1), prompt(60, seed=2)]

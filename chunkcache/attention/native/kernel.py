@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Sequence as Rows
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 
 from chunkcache.attention.groups import Group
 from chunkcache.attention.kernel import Kernel, Plan
-from chunkcache.attention.native.library import Library, Shape
+from chunkcache.attention.native.library import VERSION, Library, Shape
 from chunkcache.attention.workspace import Workspace
 from chunkcache.kv.layout import KV, ChunkLayout
 from chunkcache.kv.pool import Pool
@@ -18,7 +20,6 @@ from chunkcache.kv.sequence import Sequence
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SEGMENT = 512  # tokens whose chunks are folded into one state
-_VERSION = 1  # of the arithmetic; part of the name
 
 
 class NativeKernel(Kernel):
@@ -31,25 +32,24 @@ class NativeKernel(Kernel):
     def __init__(self, layout: ChunkLayout, library: Library, instructions: str):
         self.layout = layout
         self.library = library
-        self.name = f"native {instructions} {_VERSION}"
+        self.name = f"native {instructions} {VERSION}"
         self.space = Workspace(layout.device)
         self.segment = max(1, _SEGMENT // layout.chunk_size)
-        self._shared: tuple[list[Group], list[int], _Items] | None = None
+        self._made: tuple[list[Group], list[int], _Items] | None = None
 
     def step(self, sequences: Rows[Sequence], groups: list[Group], used: int) -> Plan:
         """As the base class says."""
         sizes = [len(sequence.tail) for sequence in sequences]
-        if self._shared is None or self._shared[0] is not groups or self._shared[1] != sizes:
-            items = _items(sequences, groups, self.segment, self.layout.chunk_size)
-            self._shared = groups, sizes, items
-        limits = array("q", [sequence.length + 1 for sequence in sequences])
-        return _Step(self, self._shared[2], limits)
+        if self._made is None or self._made[0] is not groups or self._made[1] != sizes:
+            items = _items(sequences, groups, self.segment)
+            self._made = groups, sizes, items
+        return _Step(self, self._made[2], [sequence.length + 1 for sequence in sequences])
 
     def prefill(self, sequence: Sequence, tokens: int) -> Plan:
         """As the base class says."""
         if tokens == 1:  # taken by segments, so that all threads find work
             groups = [Group(run, (0,)) for run in sequence.shared]
-            return self.step([sequence], groups, len(sequence.tail))
+            return _Step(self, _items([sequence], groups, self.segment), [sequence.length + 1])
         return _Prefill(self, sequence, tokens)
 
     def shape(self, layer: int, query_heads: int, scaling: float) -> Shape:
@@ -66,12 +66,28 @@ class NativeKernel(Kernel):
             TYPES[self.layout.dtype],
         )
 
-    def inputs(self, layer: int, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The query as the library can read it, and room for the output."""
+    def prepare(
+        self, layer: int, query: torch.Tensor, rows: int, tokens: int, scaling: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The query as the library can read it, and room for the output.
+
+        Raises:
+            ValueError: for what the library, which is handed addresses, could not refuse.
+        """
+        shape = self.layout.layers[layer]
+        heads = query.shape[1]
+        if query.shape != (rows, heads, tokens, shape.head_dim) or query.device.type != "cpu":
+            raise ValueError(
+                f"layer {layer} asks for attention of {tuple(query.shape)} on {query.device}, not of "
+                f"{rows} rows and {tokens} tokens of {shape.head_dim} on the CPU"
+            )
+        if not heads or heads % shape.kv_heads or not scaling > 0:
+            raise ValueError(
+                f"layer {layer}: {heads} query heads for {shape.kv_heads}, scaling {scaling}"
+            )
         if query.stride(-1) != 1 or query.dtype != self.layout.dtype:
             query = query.to(self.layout.dtype).contiguous()
-        rows, heads, tokens, _ = query.shape
-        return query, query.new_empty(rows, tokens, heads, self.layout.layers[layer].value_dim)
+        return query, query.new_empty(rows, tokens, heads, shape.value_dim)
 
 
 class _Prefill(Plan):
@@ -83,10 +99,10 @@ class _Prefill(Plan):
 
     def attend(self, layer: int, query: torch.Tensor, tails: KV, scaling: float) -> torch.Tensor:
         kernel = self.kernel
-        source, out = kernel.inputs(layer, query)
+        source, out = kernel.prepare(layer, query, 1, self.tokens, scaling)
         blocks = array("q")
-        for keys, values in [*(run.layer(layer) for run in self.shared), tails]:
-            blocks.extend((keys.data_ptr(), values.data_ptr(), len(keys)))
+        for block in [*(run.layer(layer) for run in self.shared), tails]:
+            blocks.extend(_block(block))
         size = source.element_size()
         kernel.library.prefill(
             kernel.shape(layer, query.shape[1], scaling),
@@ -112,20 +128,17 @@ class _Items(NamedTuple):
             and the range of `members` that attends to them; by segment, then by index.
         segments: where the items of each segment begin, and the end.
         members: rows.
+        slots: where the states of each row begin, one for every segment it has chunks in; and the end.
     """
 
     slabs: list[tuple[Pool, int]]
     items: array[int]
     segments: array[int]
     members: array[int]
-
-    @property
-    def depth(self) -> int:
-        """Segments of the longest row."""
-        return len(self.segments) - 1
+    slots: array[int]
 
 
-def _items(sequences: Rows[Sequence], groups: list[Group], segment: int, chunk_size: int) -> _Items:
+def _items(sequences: Rows[Sequence], groups: list[Group], segment: int) -> _Items:
     """Cuts shared runs and tails at the borders of segments. O(chunks / segment + tail chunks)."""
     slabs: dict[tuple[Pool, int], int] = {}
     found: list[tuple[int, int, int, int, int, int]] = []
@@ -150,16 +163,14 @@ def _items(sequences: Rows[Sequence], groups: list[Group], segment: int, chunk_s
         for chunk, count in _consecutive(sequence.tail):
             add(-1, chunk, count, (row,))
     found.sort(key=lambda item: item[3])
-    begins = array("q", [0] * (-(-max(reached) // segment) + 1))
-    for item in found:
-        begins[item[3] // segment + 1] += 1
-    for at in range(1, len(begins)):
-        begins[at] += begins[at - 1]
-    arena = len(slabs)
     items = array("q")
     for source, *rest in found:
-        items.extend((arena if source < 0 else source, *rest))
-    return _Items(list(slabs), items, begins, members)
+        items.extend((len(slabs) if source < 0 else source, *rest))
+    segments = [-(-chunks // segment) for chunks in reached]
+    in_segment = Counter(item[3] // segment for item in found)
+    begins = accumulate((in_segment[at] for at in range(max(segments))), initial=0)
+    slots = accumulate(segments, initial=0)
+    return _Items(list(slabs), items, array("q", begins), members, array("q", slots))
 
 
 def _consecutive(chunks: list[int]) -> list[tuple[int, int]]:
@@ -174,22 +185,23 @@ def _consecutive(chunks: list[int]) -> list[tuple[int, int]]:
 
 
 class _Step(Plan):
-    def __init__(self, kernel: NativeKernel, items: _Items, limits: array[int]):
+    def __init__(self, kernel: NativeKernel, items: _Items, limits: list[int]):
         self.kernel = kernel
         self.items = items
-        self.limits = limits
+        self.limits = array("q", limits)
 
     def attend(self, layer: int, query: torch.Tensor, tails: KV, scaling: float) -> torch.Tensor:
-        kernel, items = self.kernel, self.items
-        source, out = kernel.inputs(layer, query)
+        kernel, items, rows = self.kernel, self.items, len(self.limits)
+        source, out = kernel.prepare(layer, query, rows, 1, scaling)
         sources = array("q")
         for pool, slab in items.slabs:
             sources.extend(_block(pool.slab_layer(slab, layer)))
         sources.extend(_block(tails))
         shape = kernel.shape(layer, query.shape[1], scaling)
-        rows, size = len(source), source.element_size()
-        floats = kernel.library.state_floats(shape, rows, items.depth)
-        states, _ = kernel.space.get("states", (floats,))
+        states, _ = kernel.space.get(
+            "states", (kernel.library.state_floats(shape, items.slots[-1]),)
+        )
+        size = source.element_size()
         kernel.library.step(
             shape,
             source.data_ptr(),
@@ -201,8 +213,9 @@ class _Step(Plan):
             _address(sources),
             _address(items.items),
             _address(items.segments),
-            items.depth,
+            len(items.segments) - 1,
             _address(items.members),
+            _address(items.slots),
             states.data_ptr(),
             torch.get_num_threads(),
         )

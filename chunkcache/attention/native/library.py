@@ -2,7 +2,7 @@
 
 They are optional: where no compiler was at hand when chunkcache was installed, or the processor is
 of another kind, the torch kernel does the work. Their threads are torch's own: they are compiled
-for OpenMP but linked to none, so that its symbols are those that torch brought into the process.
+for OpenMP but linked to none, so that its symbol is the one that torch brought into the process.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from functools import cache
 from importlib import import_module
 from typing import Protocol
 
-import torch  # before the modules: it brings the symbols they need
+import torch  # noqa: F401  # before the modules: it brings the symbol that they need
 
 Shape = tuple[int, int, int, int, int, int, float, int]
+VERSION = 2  # of the modules' arithmetic and arguments; part of a kernel's name
 SETS = ("avx512bf16", "avx512", "avx2")  # the best first
 
 
@@ -26,14 +27,13 @@ class Library(Protocol):
     def step(self, shape: Shape, *arguments: int) -> None:
         """One new token of each of many sequences."""
 
-    def state_floats(self, shape: Shape, rows: int, segments: int) -> int:
+    def state_floats(self, shape: Shape, slots: int) -> int:
         """Memory for the states of a step."""
 
 
 @cache
 def libraries() -> tuple[dict[str, Library], dict[str, str]]:
     """The modules that run here by instruction set, best first; and why the others do not."""
-    assert torch.__version__  # see the import
     found: dict[str, Library] = {}
     missing: dict[str, str] = {}
     for name in SETS:
@@ -42,8 +42,10 @@ def libraries() -> tuple[dict[str, Library], dict[str, str]]:
         except ImportError as error:
             missing[name] = str(error)
             continue
-        if module.supported():
-            found[name] = module
-        else:
+        if module.VERSION != VERSION:
+            missing[name] = "compiled from other sources; install chunkcache again"
+        elif not module.supported():
             missing[name] = "the processor lacks these instructions"
+        else:
+            found[name] = module
     return found, missing

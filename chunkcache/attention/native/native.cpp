@@ -2,8 +2,8 @@
 //
 // The arithmetic of a row (one query of one head) is fixed and depends on nothing but the row and its
 // keys. Positions are cut into segments of whole chunks. Inside a segment chunks are folded one after
-// another into a running (o, m, l): maximum m of the scores in log2, l = sum 2^(s - m) and
-// o = sum 2^(s - m) v. Segments are merged in the order of position. Every product of a chunk runs
+// another into a running (o, m, l): maximum m of the scores, l = sum exp(s - m) and
+// o = sum exp(s - m) v. Segments are merged in the order of position. Every product of a chunk runs
 // over its whole width with invisible keys weighted zero, and every number of a register tile has its
 // own chain of fused multiply-adds, so neither the rows computed together, nor which node a chunk
 // belongs to, nor whether its keys came all at once or one by one shows in a single bit.
@@ -12,7 +12,6 @@
 // rows that share chunks meet them in one tile (ChunkAttention, Ye et al., 2024, arXiv:2402.15220).
 
 #define PY_SSIZE_T_CLEAN
-#define Py_LIMITED_API 0x030B0000
 #include <Python.h>
 
 #include <algorithm>
@@ -29,6 +28,8 @@
 #error "name the module: -DMODULE=_avx2"
 #endif
 
+extern "C" void GOMP_parallel(void (*task)(void*), void* data, unsigned threads, unsigned flags);
+
 namespace {
 
 using simd::Floats;
@@ -40,6 +41,7 @@ using simd::kWidth;
 // far below it, of a key that must not be seen.
 constexpr float kLowest = -1e30f;
 constexpr float kHidden = -1e37f;
+constexpr int kVersion = 2;  // of the arithmetic and of the arguments; as in library.py
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr int kTileRows = 256;  // rows that share one unpacking of a chunk, unless a head has more
 
@@ -50,6 +52,7 @@ struct Shape {
   float scale;
   int type;
 
+  float log_scale() const { return scale * kLog2e; }  // of differences of scores, to base 2
   int tile_rows() const { return std::max(kTileRows, folded); }
   int columns() const { return padded(chunk); }      // of a row of scores
   int value_columns() const { return padded(value_dim); }
@@ -64,6 +67,8 @@ struct Shape {
 template <class T>
 class Buffer {  // aligned, growing, contents lost on growth
  public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
   ~Buffer() { std::free(data_); }
   T* get(size_t count) {
     if (count > size_) {
@@ -216,9 +221,10 @@ struct State {
 };
 
 // Adds one row of states behind what `to` holds.
-void merge(const State& to, int64_t row, const State& from, int64_t other) {
-  float top = std::max(to.m[row], from.m[other]);
-  const Floats old = simd::exp2(simd::all(to.m[row] - top)), fresh = simd::exp2(simd::all(from.m[other] - top));
+void merge(const State& to, int64_t row, const State& from, int64_t other, float scale) {
+  const float top = std::max(to.m[row], from.m[other]);
+  const Floats old = simd::exp2(simd::all((to.m[row] - top) * scale));
+  const Floats fresh = simd::exp2(simd::all((from.m[other] - top) * scale));
   float *o = to.o + row * to.width, *l = to.l + row * kWidth;
   const float* p = from.o + other * from.width;
   for (int i = 0; i < to.width; i += kWidth)
@@ -242,9 +248,9 @@ class Tile {
   void load_query(int row, const void* from) {
     if (pairs) {
       int units = (s.dim + 1) / 2;
-      auto* to = reinterpret_cast<uint16_t*>(query_pairs.get(s.tile_rows() * units) + row * units);
+      uint32_t* to = query_pairs.get(s.tile_rows() * units) + row * units;
+      to[units - 1] = 0;  // half of it stays, if the dimension is odd
       std::memcpy(to, from, s.dim * 2);
-      if (s.dim % 2) to[s.dim] = 0;
     } else {
       widen(from, s.type, s.dim, query.get(s.tile_rows() * s.dim) + row * s.dim);
     }
@@ -271,10 +277,10 @@ class Tile {
   template <class Op>
   void fold_as(const void* keys, const void* values, int position, const State& state) {
     Operands<Op> in = operands<Op>(keys, values);
-    for (int r = 0; r < rows; r += kRows) {
-      int count = std::min(kRows, rows - r);
-      if (position >= *std::max_element(limit + r, limit + r + count)) continue;
-      switch (count) {
+    int r = 0;
+    while (r < rows && limit[r] <= position) ++r;  // rows that see nothing of the chunk come first
+    for (; r < rows; r += kRows) {
+      switch (std::min(kRows, rows - r)) {
         case 1: fold_rows<Op, 1>(in, r, position, state); break;
         case 2: fold_rows<Op, 2>(in, r, position, state); break;
         case 3: fold_rows<Op, 3>(in, r, position, state); break;
@@ -304,7 +310,7 @@ class Tile {
   template <int R>
   void weigh(float* score, int row, int position, const State& state, float* shrink) {
     const int columns = s.columns();
-    const float scale = s.scale * kLog2e;
+    const Floats scale = simd::all(s.log_scale());
     float before[kWidth] = {}, now[kWidth] = {};
     UNROLL for (int r = 0; r < R; ++r) {
       float* line = score + r * columns;
@@ -313,15 +319,16 @@ class Tile {
       Floats top = simd::load(line);
       for (int j = kWidth; j < columns; j += kWidth) top = simd::max(top, simd::load(line + j));
       before[r] = state.m[row + r];
-      now[r] = std::max(before[r], simd::largest(top) * scale);
+      now[r] = std::max(before[r], simd::largest(top));
     }
-    simd::store(shrink, simd::exp2(simd::sub(simd::load(before), simd::load(now))));
+    simd::store(shrink, simd::exp2(simd::mul(simd::sub(simd::load(before), simd::load(now)), scale)));
     UNROLL for (int r = 0; r < R; ++r) {
       float *line = score + r * columns, *l = state.l + (row + r) * kWidth;
-      const Floats minus = simd::all(-now[r]);
+      const Floats top = simd::all(now[r]);
       Floats sum = simd::mul(simd::load(l), simd::all(shrink[r]));
       for (int j = 0; j < columns; j += kWidth) {
-        const Floats weight = simd::exp2(simd::fma(simd::load(line + j), simd::all(scale), minus));
+        // Subtracted first: never above zero, whatever the size of the scores.
+        const Floats weight = simd::exp2(simd::mul(simd::sub(simd::load(line + j), top), scale));
         sum = simd::add(sum, weight);
         put(line, j, weight);
       }
@@ -368,12 +375,13 @@ Tile::Operands<Single> Tile::operands<Single>(const void* keys, const void* valu
 #if defined(__AVX512BF16__)
 template <>
 Tile::Operands<Pair> Tile::operands<Pair>(const void* keys, const void* values) {
-  const int columns = s.columns(), width = s.value_columns(), depth = (s.dim + 1) / 2, pairs_of_keys = (s.chunk + 1) / 2;
+  const int columns = s.columns(), width = s.value_columns();
+  const int depth = (s.dim + 1) / 2, value_depth = (s.chunk + 1) / 2;
   uint32_t* k = key_pairs.get(depth * columns);
-  uint32_t* v = value_pairs.get(pairs_of_keys * width);
+  uint32_t* v = value_pairs.get(value_depth * width);
   unpack_pairs(keys, s.dim, s.chunk, columns, k);
   unpack_pairs(values, s.chunk, s.value_dim, width, v);
-  return {query_pairs.get(s.tile_rows() * depth), k, v, depth, pairs_of_keys};
+  return {query_pairs.get(s.tile_rows() * depth), k, v, depth, value_depth};
 }
 #endif
 
@@ -419,17 +427,56 @@ struct Worker {
   Buffer<float> segment_, total_;
 };
 
-// Runs work(worker, i) for i from 0 to count - 1 on threads of the pool that torch uses too: the
-// symbols of OpenMP are torch's (see native.py), so that the two never compete for cores.
+// Rounding and denormals as IEEE 754 has them, whatever the thread was set to.
+class PlainArithmetic {
+ public:
+  PlainArithmetic() : before_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~PlainArithmetic() { _mm_setcsr(before_); }
+
+ private:
+  const unsigned before_;
+};
+
+// Runs work(worker, i) for i from 0 to count - 1 on the threads that torch uses too: the symbol is that
+// of the OpenMP that torch brought (library.py), so that two pools never compete for cores. The team is
+// always whole: libgomp ends threads that a smaller one leaves out, and torch would start them again.
 template <class Work>
-void run(const Shape& shape, int64_t count, int64_t threads, const Work& work) {
-  std::atomic<int64_t> next{0};
-  const int team = static_cast<int>(std::max<int64_t>(1, std::min(threads, count)));
-#pragma omp parallel num_threads(team) default(shared)
-  {
-    Worker worker(shape);
-    for (int64_t i; (i = next.fetch_add(1)) < count;) work(worker, i);
+class Team {
+ public:
+  Team(const Shape& shape, int64_t count, const Work& work) : shape_(shape), count_(count), work_(work) {}
+
+  bool run(int64_t threads) {
+    if (threads > 1 && count_ > 1)
+      GOMP_parallel([](void* self) { static_cast<Team*>(self)->take(); }, this, static_cast<unsigned>(threads), 0);
+    else
+      take();
+    return !failed_;
   }
+
+ private:
+  void take() noexcept {
+    int64_t i = next_.fetch_add(1);
+    if (i >= count_) return;
+    const PlainArithmetic plain;
+    try {
+      Worker worker(shape_);
+      for (; i < count_; i = next_.fetch_add(1)) work_(worker, i);
+    } catch (const std::bad_alloc&) {
+      failed_ = true;
+    }
+  }
+
+  const Shape& shape_;
+  const int64_t count_;
+  const Work& work_;
+  std::atomic<int64_t> next_{0};
+  std::atomic<bool> failed_{false};
+};
+
+// Whether there was memory enough.
+template <class Work>
+bool run(const Shape& shape, int64_t count, int64_t threads, const Work& work) {
+  return Team<Work>(shape, count, work).run(threads);
 }
 
 // New tokens of one sequence against all its chunks and each other.
@@ -442,11 +489,11 @@ struct Prefill {
   const Block* blocks;
   int64_t count;
 
-  void attend(int64_t threads) const {
+  bool attend(int64_t threads) const {
     int64_t size = std::min<int64_t>(tokens, shape.tile_rows() / shape.folded);
     while (size > 8 && tokens / size * shape.heads < 2 * threads) size /= 2;  // work for every thread
     const int64_t parts = (tokens + size - 1) / size;
-    run(shape, parts * shape.heads, threads, [&](Worker& worker, int64_t i) {
+    return run(shape, parts * shape.heads, threads, [&](Worker& worker, int64_t i) {
       const int64_t part = parts - 1 - i / shape.heads;  // the longest first
       attend(worker, i % shape.heads, part * size, std::min(tokens, (part + 1) * size));
     });
@@ -468,7 +515,7 @@ struct Prefill {
     for (int64_t b = 0; b < count; ++b)
       for (int64_t c = 0; c < blocks[b].chunks && index * shape.chunk < start + end; ++c, ++index) {
         if (index && index % shape.segment == 0) {
-          for (int r = 0; r < tile.rows; ++r) merge(total, r, segment, r);
+          for (int r = 0; r < tile.rows; ++r) merge(total, r, segment, r, shape.log_scale());
           segment.clear(tile.rows);
         }
         const char* keys = at<char>(blocks[b].keys) + (c * shape.heads + head) * shape.key_head();
@@ -477,7 +524,7 @@ struct Prefill {
       }
     const int64_t stride = shape.item() * shape.value_dim;
     for (int r = 0; r < tile.rows; ++r) {
-      merge(total, r, segment, r);
+      merge(total, r, segment, r, shape.log_scale());
       const int64_t token = begin + r / shape.folded, g = r % shape.folded;
       finish(shape, total, r, out + ((token * shape.heads + head) * shape.folded + g) * stride);
     }
@@ -502,26 +549,27 @@ struct Step {
   const int64_t* segments;        // [count + 1] where the items of a segment begin
   int64_t count;
   const int64_t* members;         // rows of the items
-  float* states;                  // State::floats(slots(), width) for each head
+  const int64_t* slots;           // [rows + 1] where the states of a row's segments begin, and their number
+  float* states;                  // state_floats() of them
 
-  int64_t slots() const { return rows * count * shape.folded; }
-
-  void attend(int64_t threads) const {
-    run(shape, count * shape.heads, threads, [&](Worker& worker, int64_t i) {
+  bool attend(int64_t threads) const {
+    const bool folded = run(shape, count * shape.heads, threads, [&](Worker& worker, int64_t i) {
       const int64_t head = i % shape.heads, segment = i / shape.heads;
       for (int64_t item = segments[segment]; item < segments[segment + 1]; ++item)
         fold(worker, head, segment, items[item]);
     });
-    run(shape, rows * shape.heads, threads,
-        [&](Worker& worker, int64_t i) { finish_row(worker, i % shape.heads, i / shape.heads); });
+    return folded && run(shape, rows * shape.heads, threads, [&](Worker& worker, int64_t i) {
+      finish_row(worker, i % shape.heads, i / shape.heads);
+    });
   }
 
  private:
   State of_head(int64_t head) const {
     const int width = shape.value_columns();
-    return {states + head * static_cast<int64_t>(State::floats(slots(), width)), slots(), width};
+    const int64_t all = slots[rows] * shape.folded;
+    return {states + head * static_cast<int64_t>(State::floats(all, width)), all, width};
   }
-  int64_t slot(int64_t row, int64_t segment) const { return (row * count + segment) * shape.folded; }
+  int64_t slot(int64_t row, int64_t segment) const { return (slots[row] + segment) * shape.folded; }
 
   void fold(Worker& worker, int64_t head, int64_t segment, const Item& item) const {
     const int64_t most = shape.tile_rows() / shape.folded;
@@ -543,7 +591,8 @@ struct Step {
     const Block& source = sources[item.source];
     for (int64_t c = 0; c < item.chunks; ++c) {
       const int64_t place = (item.chunk + c) * shape.heads + head;
-      const char *keys = at<char>(source.keys) + place * shape.key_head(), *values = at<char>(source.values) + place * shape.value_head();
+      const char* keys = at<char>(source.keys) + place * shape.key_head();
+      const char* values = at<char>(source.values) + place * shape.value_head();
       tile.fold(keys, values, static_cast<int>((item.index + c) * shape.chunk), state);
     }
     for (int r = 0; r < tile.rows; ++r)
@@ -553,9 +602,8 @@ struct Step {
   void finish_row(Worker& worker, int64_t head, int64_t row) const {
     const State kept = of_head(head), total = worker.total();
     total.clear(shape.folded);
-    const int64_t reach = static_cast<int64_t>(shape.segment) * shape.chunk;
-    for (int64_t segment = 0; segment * reach < limits[row]; ++segment)
-      for (int g = 0; g < shape.folded; ++g) merge(total, g, kept, slot(row, segment) + g);
+    for (int64_t segment = 0; segment < slots[row + 1] - slots[row]; ++segment)
+      for (int g = 0; g < shape.folded; ++g) merge(total, g, kept, slot(row, segment) + g, shape.log_scale());
     const int64_t stride = shape.item() * shape.value_dim;
     for (int g = 0; g < shape.folded; ++g)
       finish(shape, total, g, out + ((row * shape.heads + head) * shape.folded + g) * stride);
@@ -565,9 +613,14 @@ struct Step {
 // ---------------------------------------------------------------- Python
 
 // Shapes come as (heads, folded, dim, value_dim, chunk, segment, scale, type); addresses and strides
-// as integers, strides in bytes. native.py checks everything and says what the arrays hold.
+// as integers, strides in bytes. kernel.py checks them and says what the arrays hold.
 #define SHAPE_FORMAT "(iiiiiifi)"
 #define SHAPE_FIELDS(s) &s.heads, &s.folded, &s.dim, &s.value_dim, &s.chunk, &s.segment, &s.scale, &s.type
+
+PyObject* answer(bool done) {
+  if (!done) return PyErr_NoMemory();
+  Py_RETURN_NONE;
+}
 
 PyObject* prefill(PyObject*, PyObject* args) {
   Prefill job;
@@ -578,46 +631,48 @@ PyObject* prefill(PyObject*, PyObject* args) {
     return nullptr;
   job.query = at<char>(query), job.query_head = head, job.query_token = token, job.out = at<char>(out);
   job.tokens = tokens, job.start = start, job.blocks = at<Block>(blocks), job.count = count;
+  bool done;
   Py_BEGIN_ALLOW_THREADS
-  job.attend(threads);
+  done = job.attend(threads);
   Py_END_ALLOW_THREADS
-  Py_RETURN_NONE;
+  return answer(done);
 }
 
 PyObject* step(PyObject*, PyObject* args) {
   Step job;
   long long rows, head, row, count, threads;
-  unsigned long long query, out, limits, sources, items, segments, members, states;
-  if (!PyArg_ParseTuple(args, SHAPE_FORMAT "KLLKLKKKKLKKL", SHAPE_FIELDS(job.shape), &query, &row, &head, &out, &rows,
-                        &limits, &sources, &items, &segments, &count, &members, &states, &threads))
+  unsigned long long query, out, limits, sources, items, segments, members, slots, states;
+  if (!PyArg_ParseTuple(args, SHAPE_FORMAT "KLLKLKKKKLKKKL", SHAPE_FIELDS(job.shape), &query, &row, &head, &out, &rows,
+                        &limits, &sources, &items, &segments, &count, &members, &slots, &states, &threads))
     return nullptr;
   job.query = at<char>(query), job.query_row = row, job.query_head = head, job.out = at<char>(out), job.rows = rows;
   job.limits = at<int64_t>(limits), job.sources = at<Block>(sources), job.items = at<Item>(items);
   job.segments = at<int64_t>(segments), job.count = count, job.members = at<int64_t>(members);
-  job.states = at<float>(states);
+  job.slots = at<int64_t>(slots), job.states = at<float>(states);
+  bool done;
   Py_BEGIN_ALLOW_THREADS
-  job.attend(threads);
+  done = job.attend(threads);
   Py_END_ALLOW_THREADS
-  Py_RETURN_NONE;
+  return answer(done);
 }
 
-// Floats of memory that a step's states take: (shape, rows, segments).
+// Floats of memory that the states of a step take: (shape, slots of all rows).
 PyObject* state_floats(PyObject*, PyObject* args) {
   Shape shape;
-  long long rows, segments;
-  if (!PyArg_ParseTuple(args, SHAPE_FORMAT "LL", SHAPE_FIELDS(shape), &rows, &segments)) return nullptr;
-  return PyLong_FromSize_t(shape.heads * State::floats(rows * segments * shape.folded, shape.value_columns()));
+  long long slots;
+  if (!PyArg_ParseTuple(args, SHAPE_FORMAT "L", SHAPE_FIELDS(shape), &slots)) return nullptr;
+  return PyLong_FromSize_t(shape.heads * State::floats(slots * shape.folded, shape.value_columns()));
 }
 
 // Whether this processor has the instructions that this module is compiled for.
 PyObject* supported(PyObject*, PyObject*) {
+  bool yes = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // and so F16C
+#if defined(__AVX512F__)
+  yes = yes && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#endif
 #if defined(__AVX512BF16__)
-  const bool yes = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw");
-#elif defined(__AVX512F__)
-  const bool yes = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-#else
-  const bool yes = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  yes = yes && __builtin_cpu_supports("avx512bf16");
 #endif
   return PyBool_FromLong(yes);
 }
@@ -637,4 +692,11 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, TEXT(MODULE), nullptr, -1, methods,
 
 }  // namespace
 
-PyMODINIT_FUNC INIT(MODULE)() { return PyModule_Create(&module); }
+PyMODINIT_FUNC INIT(MODULE)() {
+  PyObject* made = PyModule_Create(&module);
+  if (made && PyModule_AddIntConstant(made, "VERSION", kVersion)) {
+    Py_DECREF(made);
+    return nullptr;
+  }
+  return made;
+}
