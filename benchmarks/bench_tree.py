@@ -1,6 +1,6 @@
 """How fast are the tree's match, insert and eviction, and how many bytes does a stored chunk cost?
 
-    python benchmarks/bench_tree.py [--repeats 60] [--out benchmarks/results/tree.json]
+    python -m benchmarks.bench_tree [--repeats 60] [--out benchmarks/results/bench_tree.json]
 
 10,000 stored prompts: 20 system prompts of 1,500 to 4,000 tokens, 2,000 dialogues on them, 5 turns
 each of 100 to 600 tokens. The long prompt extends one of them to 102,400 tokens. Compared with a
@@ -179,7 +179,7 @@ TARGETS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--repeats", type=int, default=60)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/tree.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/bench_tree.json"))
     options = parser.parse_args()
     rng = np.random.default_rng(SEED)
     stored = prompts(rng)
@@ -202,7 +202,9 @@ def main() -> None:
     }
     print("ratios:", {name: round(value, 1) for name, value in ratios.items()})
     result = {
-        "benchmark": "tree", "command": "python " + " ".join(sys.argv), "seed": SEED,
+        "benchmark": "tree",
+        "command": " ".join(["python -m benchmarks.bench_tree", *sys.argv[1:]]),
+        "seed": SEED,
         "machine": f"{platform.machine()} {platform.processor()} {platform.system()}".strip(),
         "python": platform.python_version(), "numpy": np.__version__,
         "sortedcontainers": sortedcontainers.__version__, "stored_prompts": len(stored),

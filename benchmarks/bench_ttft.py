@@ -52,11 +52,13 @@ def measure(model: object, modes: dict[str, CachedModel], shared: int, args: dic
     repeats = args["repeats"] * (1 if shared > 1024 else 3)
     interleaved(calls, 1, flush)
     samples = interleaved(calls, repeats, flush)
-    for name, cached in modes.items():
-        warm = {f"warm {name}": lambda cached=cached: first_token(cached, prompts.next())}
-        interleaved(warm, 2)
-        samples |= interleaved(warm, 15)
-        assert cached.last_reuse[0].cached_tokens == shared
+    warm = {
+        f"warm {name}": lambda cached=cached: first_token(cached, prompts.next())
+        for name, cached in modes.items()
+    }
+    interleaved(warm, 2)
+    samples |= interleaved(warm, 15)
+    assert all(cached.last_reuse[0].cached_tokens == shared for cached in modes.values())
     return {name: [round(value, 6) for value in values] for name, values in samples.items()}
 
 
