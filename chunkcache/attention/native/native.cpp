@@ -22,7 +22,7 @@
 
 #include "simd.h"
 
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 8")  // without it tiles live in memory, not in registers
 
 #ifndef MODULE
 #error "name the module: -DMODULE=_avx2"
@@ -235,13 +235,16 @@ void merge(const State& to, int64_t row, const State& from, int64_t other, float
 
 // Rows of one head with the scratch memory of one thread.
 class Tile {
+  const Shape& s;
+  const bool pairs;  // bfloat16 stays what it is; all else is computed in float32
+  Buffer<int> limits;
+  Buffer<float> query, key_floats, value_floats, scores;
+  Buffer<uint32_t> query_pairs, key_pairs, value_pairs;
+
  public:
   explicit Tile(const Shape& shape)
       : s(shape), pairs(kPairs && shape.type == kBfloat16), limit(limits.get(shape.tile_rows())) {}
 
-  const Shape& s;
-  const bool pairs;  // bfloat16 stays what it is; all else is computed in float32
-  Buffer<int> limits;
   int rows = 0;
   int* const limit;  // keys that a row sees, counted from position 0
 
@@ -263,9 +266,6 @@ class Tile {
     else
       fold_as<Single>(keys, values, position, state);
   }
-
-  Buffer<float> query, key_floats, value_floats, scores;
-  Buffer<uint32_t> query_pairs, key_pairs, value_pairs;
 
  private:
   template <class Op>
