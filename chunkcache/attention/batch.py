@@ -130,7 +130,7 @@ class Batch:
 
         Looks at the last layer only: what is not finite in an earlier one shows there too.
         """
-        ids = torch.tensor(self.sequences[row].tail, device=self.layout.device)
+        ids = torch.tensor(self.sequences[row].tail, dtype=torch.long, device=self.layout.device)
         kept = [part[ids].isfinite().flatten(1).all(1) for part in self.arena.layer(-1)]
         return int((kept[0] & kept[1]).cumprod(0).sum())
 
