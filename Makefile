@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 PYTEST := $(BIN)/python -m pytest -p no:cacheprovider
 BENCHMARKS := $(patsubst benchmarks/%.py,benchmarks.%,$(sort $(wildcard benchmarks/bench_*.py)))
 
-.PHONY: help env demo test lint types docs bench stress clean
+.PHONY: help env demo test lint types docs bench oldest stress clean
 
 help:
 	@echo "make demo    install into .venv and show the cache at work on the built-in model"
@@ -21,6 +21,7 @@ help:
 	@echo "make types   mypy"
 	@echo "make docs    write docs/cli.md anew"
 	@echo "make bench   run the benchmarks one by one"
+	@echo "make oldest  the tests that touch torch and transformers, with the oldest versions of both"
 	@echo "make stress  a million random steps on the prefix tree"
 	@echo "make clean   remove what builds and tools left behind, except .venv"
 
@@ -55,6 +56,14 @@ docs: env
 
 bench: env
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m $$name; done
+
+# Several gigabytes where pip finds only builds for GPUs.
+oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --disable-pip-version-check setuptools
+	.venv-oldest/bin/python -m pip install --disable-pip-version-check --no-build-isolation \
+		torch==2.11.0 transformers==5.17.0 -e '.[dev]'
+	.venv-oldest/bin/python -m pytest -p no:cacheprovider tests/kv tests/attention tests/hf tests/server
 
 stress: env
 	CHUNKCACHE_STEPS=1000000 $(PYTEST) tests/tree/test_random.py
