@@ -78,6 +78,7 @@ class ChunkCache(Cache):  # type: ignore[misc]
         batch: the rows.
         pads: per row, the padding in front of its tokens in the caller's input_ids.
         after_prefill: called once, after the first forward of several tokens.
+        logits: False if nobody reads them: then as few as possible are computed.
     """
 
     def __init__(
@@ -85,11 +86,13 @@ class ChunkCache(Cache):  # type: ignore[misc]
         batch: Batch,
         pads: list[int] | None = None,
         after_prefill: Callable[[], None] | None = None,
+        logits: bool = True,
     ):
         super().__init__(layers=[ChunkLayer(self, i) for i in range(len(batch.layout.layers))])
         self.batch = batch
         self.pads = pads or [0] * batch.rows
         self.after_prefill = after_prefill
+        self.logits = logits
 
     @property
     def columns(self) -> int:

@@ -59,7 +59,8 @@ class ForwardHooks:
         elif len(set(batch.positions)) > 1 or any(cache.pads):
             raise UnsupportedModelError(self._type, "rows of unequal length need position_ids")
         if self._takes_keep:
-            new["logits_to_keep"] = self._keep(ids.shape[1], kwargs.get("logits_to_keep", 0))
+            wanted = kwargs.get("logits_to_keep", 0)
+            new["logits_to_keep"] = self._keep(ids.shape[1], wanted) if cache.logits else 1
         return (), new
 
     def _ids(self, ids: torch.Tensor | None, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -101,7 +102,7 @@ class ForwardHooks:
         keep = kwargs.get("logits_to_keep", 0) or width
         end = output.logits.shape[1] - (width - tokens)
         wanted = tokens if keep >= width else min(tokens, keep - (width - tokens))
-        output.logits = output.logits[:rows, end - wanted : end]
+        output.logits = output.logits[:rows, end - wanted : end] if cache.logits else None
         if output.get("hidden_states") is not None:
             output.hidden_states = tuple(h[:rows, :tokens] for h in output.hidden_states)
         batch.end()

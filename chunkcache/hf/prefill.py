@@ -138,12 +138,9 @@ class Prefiller:
         while row.length < until:
             end = min(until, self._step_end(row.length))
             ids = torch.tensor([row.tokens[row.length : end]], device=self.twin.device)
+            cache = ChunkCache(row.batch, logits=False)
             with torch.no_grad():
-                self.twin(input_ids=ids, past_key_values=ChunkCache(row.batch), **self._cheap())
-
-    def _cheap(self) -> dict[str, object]:
-        keep = {"logits_to_keep": 1} if self.twin._supports_logits_to_keep() else {}
-        return {"use_cache": True, **keep}
+                self.twin(input_ids=ids, past_key_values=cache, use_cache=True)
 
     def _step_end(self, at: int) -> int:
         if self.borders:
@@ -187,10 +184,13 @@ class Prefiller:
         None from the first chunk on that holds an infinity or a NaN: a product over the whole chunk
         carries it to tokens before it, so that what is stored would depend on what came behind.
         """
+        size, held = self.settings.chunk_size, batch.sequences[row].shared_tokens
+        if not labels and len(tokens) - held < size:  # all whole chunks are stored and held
+            return held
         if self.current() != namespace:
             return 0
-        shared = batch.sequences[row].shared_tokens // self.settings.chunk_size
-        tokens = tokens[: (shared + batch.finite_chunks(row)) * self.settings.chunk_size]
+        shared = held // size
+        tokens = tokens[: (shared + batch.finite_chunks(row)) * size]
 
         def blocks(first: int, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
             return batch.tail_blocks(row, first - shared, count)
