@@ -5,8 +5,9 @@ its scores, l = sum(2^(s - m)) and o = sum(2^(s - m) v) over the chunk's keys. P
 under the row's overall maximum: o in position order, l in fixed point, where order does not matter.
 So what a row gets depends on the row and its keys alone: not on which chunks lay together in memory,
 which node they belong to, who shares them, or how many rows were computed at once. This needs of the
-library only that a row of a batched product does not depend on the number of rows and batches (true
-on CPUs from four rows up; the probe checks it for each model and machine).
+library only that a row of a batched product does not depend on the number of rows and batches. On
+CPUs that is true from four rows up, if the product is not a small one, for which torch has other
+code (see `padded_rows`); the probe checks it for each model and machine.
 
 **The logarithm's base is 2** inside: scores are scaled by log2(e), because exp2 is three times
 faster than exp on CPUs (0.28 against 0.82 ns per element). `natural()` converts a state for others.
@@ -26,7 +27,10 @@ import torch
 from chunkcache.attention.workspace import Workspace
 
 LOG2E = math.log2(math.e)
-ROW_MULTIPLE = 4  # batched products give a row the same bits from four rows up
+_ROWS = 4  # batched products give a row the same bits from four rows up
+_SMALL = (
+    16**3
+)  # torch takes other code for half-precision products up to this size, float32 up to 400
 _UNIT = 2.0**40  # of fixed-point numbers
 _LOWEST = -1e30  # in place of -inf, so that a chunk without a visible key gives 0 and not NaN
 
@@ -57,9 +61,16 @@ def natural(states: States) -> States:
     return States(states.o, states.m * math.log(2), states.l)
 
 
-def padded_rows(rows: int) -> int:
-    """Rows a product is formed with."""
-    return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
+def padded_rows(rows: int, cells: int) -> int:
+    """Rows that a product with a matrix of so many cells is formed with.
+
+    Enough that torch's choice of code does not depend on the number of rows and batches, however
+    few: that choice depends on rows x cells x batches in half precision, on rows x cells in float32.
+
+    >>> padded_rows(5, 64 * 64), padded_rows(1, 16 * 8)
+    (8, 36)
+    """
+    return -(-max(rows, _SMALL // cells + 1) // _ROWS) * _ROWS
 
 
 def partial(
@@ -74,8 +85,7 @@ def partial(
     """States of every row with every chunk.
 
     Args:
-        query: `[n, heads, rows, dim]`, rows a multiple of ROW_MULTIPLE; or `[1, heads, rows, dim]`
-            if all chunks meet the same rows.
+        query: `[n, heads, rows, dim]`, or `[1, heads, rows, dim]` if all chunks meet the same rows.
         keys: `[n, heads, dim, chunk]`; values: `[n, heads, chunk, value_dim]`.
         scaling: of the scores, as transformers passes it.
         space: scratch memory; the states live in it, under `name`, until it is used again.
@@ -83,17 +93,21 @@ def partial(
             last h chunks.
 
     Returns:
-        States of n chunks; a row that sees no key of a chunk has m = -1e30 and o = l = 0.
+        States of n chunks, padded to `padded_rows`; a row that sees no key of a chunk has m = -1e30
+        and o = l = 0.
 
     Products run in the type of the keys; scores, sums and the merge in float32.
     """
-    n, heads, _, chunk = keys.shape
-    rows = query.shape[2]
+    n, heads, dim, chunk = keys.shape
+    asked = query.shape[2]
+    rows = padded_rows(asked, chunk * min(dim, values.shape[-1]))
     o, _ = space.get(name + ".o", (n, heads, rows, values.shape[-1]), keys.dtype)
     m, _ = space.get(name + ".m", (n, heads, rows))
     l, _ = space.get(name + ".l", (n, heads, rows))
     # Scaled before the product: unscaled scores overflow float16.
     query = (query.float() * (scaling * LOG2E)).to(keys.dtype)
+    if rows > asked:
+        query = torch.nn.functional.pad(query, (0, 0, 0, rows - asked))
     size = min(n, max(1, space.block // (heads * rows * chunk)))
     seen = n - (0 if hidden is None else hidden.shape[0])
     repeated = len(query) == 1
@@ -106,7 +120,8 @@ def partial(
         scores = _scores(query[: end - begin] if repeated else query[block], keys[block], space)
         if hidden is not None and end > seen:
             first = max(begin, seen)
-            scores[0][first - begin :].masked_fill_(hidden[first - seen : end - seen], -math.inf)
+            visible = scores[0][first - begin :, :, :asked]
+            visible.masked_fill_(hidden[first - seen : end - seen], -math.inf)
         _reduce(scores, values[block], o[block], m[block], l[block], space)
     return States(o, m, l)
 

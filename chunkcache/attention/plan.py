@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 
 from chunkcache.attention.groups import Group
-from chunkcache.attention.partial import padded_rows
 from chunkcache.attention.workspace import Workspace
 from chunkcache.kv.sequence import Sequence
 
@@ -136,8 +135,5 @@ class PrefillPlan:
         size = self.chunk_size
         masked = seen - (first - self.tail_start) // size  # chunks beyond the first query's own
         position = torch.arange(first, first + tokens, device=device).repeat_interleave(folded)
-        missing = padded_rows(len(position)) - len(position)
-        if missing:
-            position = torch.nn.functional.pad(position, (0, missing), value=first + tokens - 1)
         key = self.tail_start + torch.arange((seen - masked) * size, seen * size, device=device)
         return key.view(masked, 1, 1, size) > position.view(1, 1, -1, 1)

@@ -19,7 +19,6 @@ from chunkcache.attention.partial import (
     finish,
     fixed_point,
     fold,
-    padded_rows,
     partial,
     weigh,
     weights,
@@ -88,20 +87,14 @@ def _shared_states(
     name: str,
 ) -> States:
     rows = (by_head if index is None else by_head.index_select(1, index)).flatten(1, 2)
-    return partial(_pad(rows).unsqueeze(0), block.keys, block.values, scaling, space, name)
+    return partial(rows.unsqueeze(0), block.keys, block.values, scaling, space, name)
 
 
 def _tail_states(
     by_head: torch.Tensor, tails: Block, plan: StepPlan, scaling: float, space: Workspace
 ) -> States:
     own = by_head.index_select(1, plan.owner).transpose(0, 1)  # [chunks, heads, folded, dim]
-    return partial(_pad(own), tails.keys, tails.values, scaling, space, "tail", plan.hidden)
-
-
-def _pad(rows: torch.Tensor) -> torch.Tensor:
-    """`[..., rows, dim]` with as many rows as a product needs; the added ones are zero."""
-    missing = padded_rows(rows.shape[-2]) - rows.shape[-2]
-    return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
+    return partial(own, tails.keys, tails.values, scaling, space, "tail", plan.hidden)
 
 
 def _raise_to(maximum: torch.Tensor, index: torch.Tensor | None, m: torch.Tensor) -> None:
@@ -198,7 +191,7 @@ def _attend_rows(
 ) -> Total:
     """Rows `[heads, rows, dim]` against all blocks; the mask is the last block's."""
     count = rows.shape[1]
-    query = _pad(rows).unsqueeze(0)
+    query = rows.unsqueeze(0)
     parts = []
     for number, block in enumerate(blocks):
         mask = hidden if number == len(blocks) - 1 else None
