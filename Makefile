@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-KEY := $(shell cat setup.cfg setup.py pyproject.toml constraints.txt chunkcache/attention/native/native.cpp chunkcache/attention/native/simd.h | cksum | cut -d' ' -f1)
+KEY := $(shell cat setup.cfg setup.py pyproject.toml constraints.txt chunkcache/native/*.cpp chunkcache/native/*.h | cksum | cut -d' ' -f1)
 READY := $(VENV)/ready-$(KEY)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 PYTEST := $(BIN)/python -m pytest -p no:cacheprovider

@@ -1,12 +1,13 @@
 """The one thing that setup.cfg cannot say: compiled modules.
 
-The native attention kernel is compiled once per instruction set; at run time the best one that the
-processor has is used. All are optional: without a compiler, or on other processors, the torch kernel
+Attention and linear layers are compiled once per instruction set; at run time the best module that
+the processor can run is used. All are optional: without a compiler, or on other processors, torch
 does the work. They use OpenMP and are linked to none, so that its symbols are those of the OpenMP that
 torch brings.
 """
 
 import sysconfig
+from glob import glob
 
 from setuptools import Extension, setup
 
@@ -16,16 +17,17 @@ EXACT = ("-ffp-contract=off", "-fno-fast-math")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 SETS = {"_avx2": AVX2, "_avx512": AVX512, "_avx512bf16": (*AVX512, "-mavx512bf16")}
-FOLDER = "chunkcache/attention/native"
+FOLDER = "chunkcache/native"
 STABLE = not sysconfig.get_config_var("Py_GIL_DISABLED")  # one module for all versions of Python
+HEADERS = sorted(glob(f"{FOLDER}/*.h"))
 LIMITED = [("Py_LIMITED_API", "0x030B0000")] if STABLE else []
 
 setup(
     ext_modules=[
         Extension(
             f"{FOLDER.replace('/', '.')}.{name}",
-            [f"{FOLDER}/native.cpp"],
-            depends=[f"{FOLDER}/simd.h"],
+            [f"{FOLDER}/module.cpp"],
+            depends=HEADERS,
             define_macros=[("MODULE", name), *LIMITED],
             extra_compile_args=[
                 "-std=c++17",

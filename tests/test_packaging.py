@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 import chunkcache
-from chunkcache.attention.native.library import SETS, libraries
+from chunkcache.native.library import SETS, libraries
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("chunkcache", "cli")
@@ -90,7 +90,7 @@ def test_wheel_holds_every_source_file_and_nothing_else(source: Path, wheel: Pat
     packed = {name for name in names if not name.split("/")[0].endswith(".dist-info")}
     modules = {name for name in packed if name.endswith(".so")}
     assert packed - modules == files_of(source)
-    folder = "chunkcache/attention/native/"
+    folder = "chunkcache/native/"
     built = {name for name in SETS if (ROOT / folder / f"_{name}.abi3.so").exists()}
     assert modules == {f"{folder}_{name}.abi3.so" for name in built}
     assert any(name.endswith("licenses/LICENSE") for name in names)

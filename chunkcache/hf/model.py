@@ -132,6 +132,7 @@ class CachedModel:
             "mode": self.settings.mode,
             "rows": self.proof.rows,
             "kernel": self.proof.kernel,
+            "linear": self.proof.linear,
             "border": self.settings.border if self._prefiller.borders else 0,
         }
         return namespace(self._twin, self._weights, settings, self.settings.tenant)

@@ -20,6 +20,7 @@ from chunkcache.errors import ChunkcacheError, UnsupportedModelError
 from chunkcache.hf.cache import ChunkCache
 from chunkcache.hf.fingerprint import arithmetic, product_type
 from chunkcache.hf.forward import ForwardHooks
+from chunkcache.hf.linear import serve
 from chunkcache.hf.twin import make_twin
 from chunkcache.kv import Arena, ChunkLayout, LayerShape, Pool
 from chunkcache.kv.sequence import Sequence
@@ -40,6 +41,7 @@ class Proof:
         error: largest difference of logits to the model's own forward.
         arithmetic: the device, libraries and switches it holds for.
         kernel: name of the attention kernel it holds for.
+        linear: name of what multiplies in linear layers.
     """
 
     layout: ChunkLayout
@@ -48,6 +50,7 @@ class Proof:
     tokens: int
     arithmetic: dict[str, object]
     kernel: str
+    linear: str
 
 
 def verify(model: PreTrainedModel, chunk_size: int = 64) -> VerifyReport:
@@ -74,6 +77,7 @@ def verify(model: PreTrainedModel, chunk_size: int = 64) -> VerifyReport:
             "token_bytes": proof.layout.token_bytes,
             "probe_tokens": proof.tokens,
             "kernel": proof.kernel,
+            "linear": proof.linear,
         },
     )
 
@@ -102,7 +106,8 @@ def probe(
 ) -> Proof:
     """Runs all checks; `rows=False` leaves row invariance out.
 
-    `hooks` are installed on the twin; their row multiple is left at what was tried last.
+    `hooks` are installed on the twin; their row multiple is left at what was tried last. The twin's
+    linear layers get the product that the proof is about.
 
     Raises:
         UnsupportedModelError: with the reason.
@@ -134,6 +139,7 @@ class _Probe:
         self.kind = str(model.config.model_type)
         self.chunk_size = chunk_size
         self.wanted = kernel
+        self.linear = "torch"
         embeddings = model.get_input_embeddings()
         self.tokens = self._length(embeddings.weight.shape[1])
         generator = torch.Generator().manual_seed(_SEED)
@@ -147,6 +153,7 @@ class _Probe:
         return wanted if limit is None else min(wanted, limit - 1)
 
     def run(self, rows: bool) -> Proof:
+        self.linear = serve(self.twin, self.wanted)
         layout = self.find_layout()
         self.hooks.multiple = 1
         error = self.parity(layout)
@@ -163,7 +170,7 @@ class _Probe:
     def _proof(self, layout: ChunkLayout, multiple: int, error: float) -> Proof:
         name = choose(layout, self.wanted)(layout).name
         facts = arithmetic(self.model.device)
-        return Proof(layout, multiple, error, self.tokens, facts, name)
+        return Proof(layout, multiple, error, self.tokens, facts, name, self.linear)
 
     def find_layout(self) -> ChunkLayout:
         """What each layer caches, seen on the model's own cache after a short forward."""

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from chunkcache.attention import choice, reference
 from chunkcache.attention.batch import Batch
 from chunkcache.attention.groups import Decisions, Gate, group_rows
-from chunkcache.attention.native import library
-from chunkcache.attention.native.library import SETS, libraries
 from chunkcache.attention.partial import States, Total, finish, fold, natural, partial
 from chunkcache.attention.torch_kernel import TorchKernel
 from chunkcache.attention.workspace import Workspace, padded_size
 from chunkcache.errors import ConfigError
 from chunkcache.kv import Arena, ChunkLayout, LayerShape, Pool
 from chunkcache.kv.sequence import Sequence
+from chunkcache.native import library
+from chunkcache.native.library import SETS, libraries
 from tests.models import DEVICE, TYPES
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}

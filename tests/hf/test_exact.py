@@ -1,5 +1,7 @@
 """The contract of exact mode: what the cache held, cuts, decoding and company never show."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -17,18 +19,21 @@ from tests.models import (
     wrapped,
 )
 
+CASES = [(kind, "auto") for kind in FULL_ATTENTION]
+CASES += [(kind, "torch") for kind in ("llama", "mqa", "gpt2", "opt", "qwen3") if DEVICE == "cpu"]
 EDGES = [1, 15, 16, 17, 31, 33, 47, 64, 65, 90]
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("kind", FULL_ATTENTION)
-def test_every_promise_for_every_architecture(kind, dtype):
+@pytest.mark.parametrize(("kind", "kernel"), CASES)
+def test_every_promise_for_every_architecture(kind, kernel, dtype):
     model = tiny(kind, dtype)
-    cold = wrapped(model)
+    make = partial(wrapped, model, kernel=kernel)
+    cold = make()
     if not cold.proof.rows:
         assert DEVICE != "cpu", "rows are invariant on a CPU"
-        return hit_equals_cold(model)
-    warm, cut = wrapped(model), wrapped(model, prefill_step=7)
+        return hit_equals_cold(model, kernel=kernel)
+    warm, cut = make(), make(prefill_step=7)
     tokens = prompt(90)
     reference = run(cold, tokens)
     assert same(run(cut, tokens), reference), "cut anywhere == in one piece"
@@ -41,14 +46,14 @@ def test_every_promise_for_every_architecture(kind, dtype):
     assert cold.last_reuse[0].cached_tokens >= 80
     assert same(again, reference), "full hit == cold"
     company = [prompt(n, seed=n) for n in (3, 40)]
-    batch = run(wrapped(model), company[0], tokens, company[1], tokens[:70] + prompt(9, seed=5))
+    batch = run(make(), company[0], tokens, company[1], tokens[:70] + prompt(9, seed=5))
     assert same(batch, reference, slice(1, 2)), "alone == in a batch"
     answer = reference.sequences[0].tolist() + prompt(40, seed=3)
     cold.flush()
     run(cold, tokens, new=60)
     decoded = list(cold.store.trees()[0].walk())[-1].prefix.tolist()
     assert len(decoded) > len(tokens)
-    fresh = wrapped(model)
+    fresh = make()
     fresh.preload(decoded)
     assert agree(cold, fresh) == len(decoded) // 16, "decoded KV == prefilled KV"
     assert len(answer) > 90
@@ -111,9 +116,9 @@ def test_borders_keep_hit_equal_to_cold(kind, dtype):
     hit_equals_cold(tiny(kind, dtype))
 
 
-def hit_equals_cold(model):
+def hit_equals_cold(model, **settings):
     """All that the fallback promises: the same call gives the same bits whatever is stored."""
-    cached = wrapped(model, exactness="borders")
+    cached = wrapped(model, exactness="borders", **settings)
     assert cached.stats().exactness == "bit-exact at borders"
     rows = [prompt(90), prompt(70, seed=4), prompt(64) + prompt(20, seed=9), prompt(33)]
     for batch in (rows[:1], rows):

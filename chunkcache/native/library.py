@@ -1,7 +1,7 @@
 """Which compiled modules there are, and which of them this processor can run.
 
 They are optional: where no compiler was at hand when chunkcache was installed, or the processor is
-of another kind, the torch kernel does the work. Their threads are torch's own: they are compiled
+of another kind, torch does the work. Their threads are torch's own: they are compiled
 for OpenMP but linked to none, so that its symbol is the one that torch brought into the process.
 """
 
@@ -14,12 +14,12 @@ from typing import Protocol
 import torch  # noqa: F401  # before the modules: it brings the symbol that they need
 
 Shape = tuple[int, int, int, int, int, int, float, int]
-VERSION = 2  # of the modules' arithmetic and arguments; part of a kernel's name
+VERSION = 3  # of the modules' arithmetic and arguments; part of a kernel's name
 SETS = ("avx512bf16", "avx512", "avx2")  # the best first
 
 
 class Library(Protocol):
-    """A compiled module; the meaning of the arguments is with the functions in native.cpp."""
+    """A compiled module; the meaning of the arguments is with the functions in module.cpp."""
 
     def prefill(self, shape: Shape, *arguments: int) -> None:
         """New tokens of one sequence."""
@@ -30,6 +30,12 @@ class Library(Protocol):
     def state_floats(self, shape: Shape, slots: int) -> int:
         """Memory for the states of a step."""
 
+    def linear(self, *arguments: int) -> None:
+        """x w^T + bias."""
+
+    def pairs(self) -> bool:
+        """Whether `linear` serves bfloat16, and better than the libraries do on this processor."""
+
 
 @cache
 def libraries() -> tuple[dict[str, Library], dict[str, str]]:
@@ -38,7 +44,7 @@ def libraries() -> tuple[dict[str, Library], dict[str, str]]:
     missing: dict[str, str] = {}
     for name in SETS:
         try:
-            module = import_module(f"chunkcache.attention.native._{name}")
+            module = import_module(f"chunkcache.native._{name}")
         except ImportError as error:
             missing[name] = str(error)
             continue

@@ -1,4 +1,4 @@
-// Vectors of floats in two instruction sets, chosen by the compiler's flags.
+// Vectors of floats, and squares of numbers, in two instruction sets, chosen by the compiler's flags.
 //
 // Everything that decides bits is explicit here: fused multiply-add is written where it is meant, and
 // each lane sees its operations in the same order whatever the shape of the tile around it.
@@ -7,7 +7,9 @@
 #include <cstdint>
 #include <immintrin.h>
 
-namespace simd {
+#define UNROLL _Pragma("GCC unroll 16")  // without it tiles live in memory, not in registers
+
+namespace chunkcache::simd {
 
 #if defined(__AVX512F__)
 
@@ -40,6 +42,31 @@ inline Floats from_bfloat16(const uint16_t* p) {
 }
 inline Floats from_float16(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+// A square of kWidth x kWidth numbers of 32 bits, rows `from_stride` and `to_stride` apart, mirrored.
+inline void transpose(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
+  __m512i a[16], b[16];
+  UNROLL for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(from + i * from_stride);
+  UNROLL for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  UNROLL for (int i = 0; i < 16; i += 4) {  // then a[i + j] holds columns j, j + 4, ... of four rows
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  UNROLL for (int j = 0; j < 4; ++j) {
+    const __m512i top = _mm512_shuffle_i32x4(a[j], a[j + 4], 0x88), high = _mm512_shuffle_i32x4(a[j], a[j + 4], 0xdd);
+    const __m512i low = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0x88);
+    const __m512i last = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0xdd);
+    _mm512_storeu_si512(to + j * to_stride, _mm512_shuffle_i32x4(top, low, 0x88));
+    _mm512_storeu_si512(to + (j + 4) * to_stride, _mm512_shuffle_i32x4(high, last, 0x88));
+    _mm512_storeu_si512(to + (j + 8) * to_stride, _mm512_shuffle_i32x4(top, low, 0xdd));
+    _mm512_storeu_si512(to + (j + 12) * to_stride, _mm512_shuffle_i32x4(high, last, 0xdd));
+  }
 }
 
 #else  // AVX2, FMA, F16C
@@ -83,6 +110,25 @@ inline Floats from_float16(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 
+inline void transpose(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
+  Floats a[8], b[8];
+  UNROLL for (int i = 0; i < 8; ++i) a[i] = load(reinterpret_cast<const float*>(from + i * from_stride));
+  UNROLL for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  }
+  UNROLL for (int i = 0; i < 8; i += 4) {  // then a[i + j] holds columns j and j + 4 of four rows
+    a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+    a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+    a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+    a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+  }
+  UNROLL for (int j = 0; j < 4; ++j) {
+    store(reinterpret_cast<float*>(to + j * to_stride), _mm256_permute2f128_ps(a[j], a[j + 4], 0x20));
+    store(reinterpret_cast<float*>(to + (j + 4) * to_stride), _mm256_permute2f128_ps(a[j], a[j + 4], 0x31));
+  }
+}
+
 #endif
 
 // 2^x for finite x <= 0, relative error below 2e-7; zero from -150 down.
@@ -107,4 +153,4 @@ inline float sum(Floats x) {
   return lanes[0];
 }
 
-}  // namespace simd
+}  // namespace chunkcache::simd

@@ -12,18 +12,18 @@ import torch
 
 from chunkcache.attention.groups import Group
 from chunkcache.attention.kernel import Kernel, Plan
-from chunkcache.attention.native.library import VERSION, Library, Shape
 from chunkcache.attention.workspace import Workspace
 from chunkcache.kv.layout import KV, ChunkLayout
 from chunkcache.kv.pool import Pool
 from chunkcache.kv.sequence import Sequence
+from chunkcache.native.library import VERSION, Library, Shape
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SEGMENT = 512  # tokens whose chunks are folded into one state
 
 
 class NativeKernel(Kernel):
-    """See native.cpp for the arithmetic.
+    """See chunkcache/native/attention.h for the arithmetic.
 
     Args:
         instructions: the instruction set that `library` was compiled for.

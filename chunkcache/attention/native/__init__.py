@@ -1,1 +1,0 @@
-"""The kernel for x86 processors: attention over chunks in C++, compiled once per instruction set."""

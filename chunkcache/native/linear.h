@@ -1,0 +1,153 @@
+// x w^T + bias for rows x of activations and a matrix w of weights, as torch.nn.Linear has it.
+//
+// Every number is a sum over blocks of the depth, in order, and a block is one chain of fused
+// multiply-adds. So a row's bits depend on the row and the weights alone, whatever the other rows are
+// and however many; which libraries do not promise, since they choose their code by the shape.
+//
+// Weights lie row by row, and a register tile wants them column by column. They are turned over a
+// panel of columns and a block of depth at a time, which costs less than a tenth of the products from
+// 64 rows up and vanishes behind the reading of the weights below.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "memory.h"
+#include "product.h"
+#include "threads.h"
+
+namespace chunkcache {
+
+constexpr int kDepth = 256;       // units of depth in a block; decides bits
+constexpr int kMostRows = 512;    // of activations that share a turned panel; does not
+constexpr int kPanel = kColumns * kWidth;  // columns that are turned together; does not
+
+// Scratch memory of one thread.
+class LinearWorker {
+ public:
+  explicit LinearWorker(int64_t rows) : panel_size_(size_t{kDepth} * kPanel), sums_size_(rows * kPanel) {}
+  uint32_t* panel() { return panel_.get(panel_size_); }
+  float* sums() { return sums_.get(sums_size_); }
+
+ private:
+  const size_t panel_size_, sums_size_;
+  Buffer<uint32_t> panel_;
+  Buffer<float> sums_;
+};
+
+// Work of one call. A unit is a float, or a pair of bfloat16 (then depths are even).
+struct Linear {
+  int type;
+  const char* rows;
+  int64_t row_stride, count, depth;  // stride in units, as the weights'; depth in units
+  const char* weights;
+  int64_t weight_stride, columns;
+  const char* bias;  // null if there is none
+  char* out;         // [count][columns]
+
+  bool multiply(int64_t threads) const {
+    int64_t block = kMostRows, width = kPanel;
+    while (block > 64 && tasks(block, width) < 4 * threads) block /= 2;
+    while (width > kWidth && tasks(block, width) < 2 * threads) width /= 2;
+    const int64_t panels = parts(columns, width);
+    return run<LinearWorker>(block, tasks(block, width), threads, [&](LinearWorker& worker, int64_t i) {
+      const int64_t begin = i / panels * block, first = i % panels * width;
+      const int64_t later = (i + threads) % panels * width;  // what a thread is likely to take next
+      const Part part{begin, std::min(count, begin + block), first, std::min(columns, first + width), later};
+      if (type == kFloat32)
+        multiply<Single>(worker, part);
+      else
+        multiply<Pair>(worker, part);
+    });
+  }
+
+ private:
+  struct Part {  // of the output, and the first column of the part that comes after it
+    int64_t row_begin, row_end, begin, end, next;
+  };
+
+  static int64_t parts(int64_t whole, int64_t size) { return (whole + size - 1) / size; }
+  int64_t tasks(int64_t block, int64_t width) const { return parts(count, block) * parts(columns, width); }
+
+  // The weights that are turned after those of a part from depth k on.
+  Ahead after(const Part& part, int64_t k, int64_t shares) const {
+    const bool deeper = k + kDepth < depth;
+    const int64_t first = deeper ? part.begin : part.next, from = deeper ? k + kDepth : 0;
+    const auto* line = reinterpret_cast<const uint32_t*>(weights) + first * weight_stride + from;
+    const int64_t units = std::min<int64_t>(kDepth, depth - from), rows = std::min<int64_t>(kPanel, columns - first);
+    return Ahead(line, units * 4, weight_stride * 4, rows, shares);
+  }
+
+  template <class Op>
+  void multiply(LinearWorker& worker, const Part& part) const {
+    using Unit = typename Op::Unit;
+    const int width = padded(part.end - part.begin);
+    auto* panel = reinterpret_cast<Unit*>(worker.panel());
+    float* sums = worker.sums();
+    const int64_t tiles = parts(part.row_end - part.row_begin, kRows);
+    for (int64_t k = 0; k < depth; k += kDepth) {
+      const int units = static_cast<int>(std::min<int64_t>(kDepth, depth - k));
+      const bool few = tiles < 4;  // then turning takes the time, else multiplying
+      Ahead ahead = after(part, k, few ? parts(units, kWidth) * (width / kWidth) : tiles);
+      turn(part, k, units, width, reinterpret_cast<uint32_t*>(panel), few ? &ahead : nullptr);
+      const Unit* x = reinterpret_cast<const Unit*>(rows) + k;
+      for (int64_t row = part.row_begin; row < part.row_end; row += kRows) {
+        if (!few) ahead.fetch();
+        const Unit* a = x + row * row_stride;
+        float* to = sums + (row - part.row_begin) * width;
+        add<Op>(static_cast<int>(std::min<int64_t>(kRows, part.row_end - row)), a, panel, units, width, to, k == 0);
+      }
+    }
+    write(part, sums, width);
+  }
+
+  static int padded(int64_t n) { return static_cast<int>(parts(n, kWidth)) * kWidth; }
+
+  // Columns of a block of the weights as rows of a panel, with zeros behind the last column.
+  void turn(const Part& part, int64_t k, int units, int width, uint32_t* panel, Ahead* ahead) const {
+    const auto* from = reinterpret_cast<const uint32_t*>(weights) + part.begin * weight_stride + k;
+    const int count = static_cast<int>(part.end - part.begin);
+    for (int j = 0; j < width; j += kWidth, from += kWidth * weight_stride) {
+      const int here = std::min(kWidth, count - j);
+      int d = 0;
+      if (here == kWidth)
+        for (; d + kWidth <= units; d += kWidth) {
+          if (ahead) ahead->fetch();
+          simd::transpose(from + d, weight_stride, panel + d * width + j, width);
+        }
+      for (; d < units; ++d)
+        for (int i = 0; i < kWidth; ++i) panel[d * width + j + i] = i < here ? from[i * weight_stride + d] : 0;
+    }
+  }
+
+  // One block of depth of a tile of rows: the first sets the sums, later ones are added.
+  template <class Op>
+  void add(int count, const typename Op::Unit* a, const typename Op::Unit* panel, int units, int width, float* sums,
+           bool first) const {
+    const int stride = static_cast<int>(row_stride);
+    if (first) {
+      rows_product<Op>(count, a, stride, panel, width, units, width, sums, width, nullptr);
+      return;
+    }
+    alignas(64) float block[kRows * kPanel];
+    rows_product<Op>(count, a, stride, panel, width, units, width, block, width, nullptr);
+    for (int i = 0; i < count * width; i += kWidth)
+      simd::store(sums + i, simd::add(simd::load(sums + i), simd::load(block + i)));
+  }
+
+  void write(const Part& part, float* sums, int width) const {
+    alignas(64) float added[kPanel] = {};
+    const size_t item = item_size(type), count = part.end - part.begin;
+    if (bias) widen(bias + part.begin * item, type, static_cast<int>(count), added);
+    for (int64_t row = part.row_begin; row < part.row_end; ++row, sums += width) {
+      if (bias)
+        for (int j = 0; j < width; j += kWidth)
+          simd::store(sums + j, simd::add(simd::load(sums + j), simd::load(added + j)));
+      narrow(sums, type, width);
+      std::memcpy(out + (row * columns + part.begin) * item, sums, count * item);
+    }
+  }
+};
+
+}  // namespace chunkcache

@@ -1,0 +1,141 @@
+// The Python side of the compiled code; one module per instruction set.
+//
+// Addresses come as integers, strides in bytes; what is at them is checked in Python, where tensors are.
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <cpuid.h>
+
+#include "attention.h"
+#include "linear.h"
+
+#ifndef MODULE
+#error "name the module: -DMODULE=_avx2"
+#endif
+
+namespace {
+
+using namespace chunkcache;
+
+constexpr int kVersion = 3;  // of the arithmetic and of the arguments; as in library.py
+
+// Shapes come as (heads, folded, dim, value_dim, chunk, segment, scale, type); addresses and strides
+// as integers, strides in bytes. kernel.py checks them and says what the arrays hold.
+#define SHAPE_FORMAT "(iiiiiifi)"
+#define SHAPE_FIELDS(s) &s.heads, &s.folded, &s.dim, &s.value_dim, &s.chunk, &s.segment, &s.scale, &s.type
+
+PyObject* answer(bool done) {
+  if (!done) return PyErr_NoMemory();
+  Py_RETURN_NONE;
+}
+
+PyObject* prefill(PyObject*, PyObject* args) {
+  Prefill job;
+  long long tokens, start, count, head, token, threads;
+  unsigned long long query, out, blocks;
+  if (!PyArg_ParseTuple(args, SHAPE_FORMAT "KLLKLLKLL", SHAPE_FIELDS(job.shape), &query, &head, &token, &out, &tokens,
+                        &start, &blocks, &count, &threads))
+    return nullptr;
+  job.query = at<char>(query), job.query_head = head, job.query_token = token, job.out = at<char>(out);
+  job.tokens = tokens, job.start = start, job.blocks = at<Block>(blocks), job.count = count;
+  bool done;
+  Py_BEGIN_ALLOW_THREADS
+  done = job.attend(threads);
+  Py_END_ALLOW_THREADS
+  return answer(done);
+}
+
+PyObject* step(PyObject*, PyObject* args) {
+  Step job;
+  long long rows, head, row, count, threads;
+  unsigned long long query, out, limits, sources, items, segments, members, slots, states;
+  if (!PyArg_ParseTuple(args, SHAPE_FORMAT "KLLKLKKKKLKKKL", SHAPE_FIELDS(job.shape), &query, &row, &head, &out, &rows,
+                        &limits, &sources, &items, &segments, &count, &members, &slots, &states, &threads))
+    return nullptr;
+  job.query = at<char>(query), job.query_row = row, job.query_head = head, job.out = at<char>(out), job.rows = rows;
+  job.limits = at<int64_t>(limits), job.sources = at<Block>(sources), job.items = at<Item>(items);
+  job.segments = at<int64_t>(segments), job.count = count, job.members = at<int64_t>(members);
+  job.slots = at<int64_t>(slots), job.states = at<float>(states);
+  bool done;
+  Py_BEGIN_ALLOW_THREADS
+  done = job.attend(threads);
+  Py_END_ALLOW_THREADS
+  return answer(done);
+}
+
+// Floats of memory that the states of a step take: (shape, slots of all rows).
+PyObject* state_floats(PyObject*, PyObject* args) {
+  Shape shape;
+  long long slots;
+  if (!PyArg_ParseTuple(args, SHAPE_FORMAT "L", SHAPE_FIELDS(shape), &slots)) return nullptr;
+  return PyLong_FromSize_t(shape.heads * State::floats(slots * shape.folded, shape.value_columns()));
+}
+
+// x w^T + bias: (type, x, stride of its rows, their number, depth, w, stride of its rows, their number,
+// bias or 0, out, threads).
+PyObject* linear(PyObject*, PyObject* args) {
+  Linear job;
+  int type;
+  long long row_stride, count, depth, weight_stride, columns, threads;
+  unsigned long long rows, weights, bias, out;
+  if (!PyArg_ParseTuple(args, "iKLLLKLLKKL", &type, &rows, &row_stride, &count, &depth, &weights, &weight_stride, &columns,
+                        &bias, &out, &threads))
+    return nullptr;
+  const int unit = 4;  // bytes
+  job.type = type, job.rows = at<char>(rows), job.row_stride = row_stride / unit, job.count = count;
+  job.depth = depth * static_cast<int>(item_size(type)) / unit;
+  job.weights = at<char>(weights), job.weight_stride = weight_stride / unit, job.columns = columns;
+  job.bias = at<char>(bias), job.out = at<char>(out);
+  bool done;
+  Py_BEGIN_ALLOW_THREADS
+  done = job.multiply(threads);
+  Py_END_ALLOW_THREADS
+  return answer(done);
+}
+
+// Whether linear() takes bfloat16 and nothing here would be faster at it.
+PyObject* pairs(PyObject*, PyObject*) {
+  unsigned a, b, c, d = 0;
+  const bool known = __get_cpuid_count(7, 0, &a, &b, &c, &d);
+  const bool matrix_unit = known && (d >> 22 & 1u);  // AMX, which libraries use
+  return PyBool_FromLong(kPairs && !matrix_unit);
+}
+
+// Whether this processor has the instructions that this module is compiled for.
+PyObject* supported(PyObject*, PyObject*) {
+  bool yes = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // and so F16C
+#if defined(__AVX512F__)
+  yes = yes && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#endif
+#if defined(__AVX512BF16__)
+  yes = yes && __builtin_cpu_supports("avx512bf16");
+#endif
+  return PyBool_FromLong(yes);
+}
+
+PyMethodDef methods[] = {{"supported", supported, METH_NOARGS, nullptr},
+                         {"prefill", prefill, METH_VARARGS, nullptr},
+                         {"step", step, METH_VARARGS, nullptr},
+                         {"linear", linear, METH_VARARGS, nullptr},
+                         {"pairs", pairs, METH_NOARGS, nullptr},
+                         {"state_floats", state_floats, METH_VARARGS, nullptr},
+                         {nullptr, nullptr, 0, nullptr}};
+
+#define TEXT_OF(name) #name
+#define TEXT(name) TEXT_OF(name)
+#define INIT_OF(name) PyInit_##name
+#define INIT(name) INIT_OF(name)
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, TEXT(MODULE), nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC INIT(MODULE)() {
+  PyObject* made = PyModule_Create(&module);
+  if (made && PyModule_AddIntConstant(made, "VERSION", kVersion)) {
+    Py_DECREF(made);
+    return nullptr;
+  }
+  return made;
+}

@@ -1,0 +1,173 @@
+"""The twin's linear layers: right, the same bits for a row in any company, and only where they may."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chunkcache.hf import linear
+from chunkcache.hf.linear import RowLinear, multiply, serve
+from chunkcache.native.library import libraries
+from tests.models import DEVICE, FULL_ATTENTION, build, prompt, run, tiny, wrapped
+
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="compiled for processors")
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
+LIBRARIES = libraries()[0]
+CASES = [(name, torch.float32) for name in LIBRARIES]
+CASES += [(name, torch.bfloat16) for name, library in LIBRARIES.items() if library.pairs()]
+
+
+def numbers(*shape, dtype, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_products_are_right_and_rows_do_not_see_each_other(name, dtype, data):
+    library = LIBRARIES[name]
+    rows, columns = data.draw(st.integers(1, 150)), data.draw(st.integers(1, 150))
+    depth = data.draw(st.integers(1, 700)) * (2 if dtype == torch.bfloat16 else 1)
+    wide = numbers(rows, depth + 2 * data.draw(st.integers(0, 3)), dtype=dtype)
+    x, weight = wide[:, :depth], numbers(columns, depth, dtype=dtype, seed=1)
+    bias = numbers(columns, dtype=dtype, seed=2) if data.draw(st.booleans()) else None
+    whole = multiply(library, x, weight, bias)
+    expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    scale = x.double().abs() @ weight.double().abs().T + 1
+    assert ((whole.double() - expected).abs() / scale).max() < TOLERANCE[dtype]
+    order = data.draw(st.permutations(range(rows)))[: data.draw(st.integers(1, rows))]
+    assert torch.equal(multiply(library, x[order], weight, bias), whole[order])
+    part = slice(
+        *sorted(data.draw(st.tuples(st.integers(0, columns - 1), st.integers(0, columns))))
+    )
+    if part.stop > part.start:
+        some = multiply(library, x, weight[part], None if bias is None else bias[part])
+        assert torch.equal(some, whole[:, part])
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
+def test_threads_and_large_products_do_not_show(name, dtype):
+    """Enough rows and columns that threads take blocks of several sizes."""
+    x, weight = numbers(1100, 96, dtype=dtype), numbers(700, 96, dtype=dtype, seed=1)
+    whole, before = multiply(LIBRARIES[name], x, weight, None), torch.get_num_threads()
+    try:
+        for threads in (1, 3, 8, 40):
+            torch.set_num_threads(threads)
+            assert torch.equal(multiply(LIBRARIES[name], x, weight, None), whole)
+            assert torch.equal(multiply(LIBRARIES[name], x[5:9], weight, None), whole[5:9])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
+def test_what_is_not_finite_stays_in_its_row(name, dtype):
+    x, weight = numbers(20, 300, dtype=dtype), numbers(40, 300, dtype=dtype, seed=1)
+    good = multiply(LIBRARIES[name], x, weight, None)
+    x[3, 7], x[11, 299] = torch.nan, torch.inf
+    bad = multiply(LIBRARIES[name], x, weight, None)
+    assert not bad[3].isfinite().any() and not bad[11].isfinite().any()
+    finite = [row for row in range(20) if row not in (3, 11)]
+    assert torch.equal(bad[finite], good[finite])
+
+
+def test_all_instruction_sets_agree_in_float32():
+    x, weight = numbers(70, 900, dtype=torch.float32), numbers(90, 900, dtype=torch.float32, seed=1)
+    results = [multiply(library, x, weight, None) for library in LIBRARIES.values()]
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+class Adapter(torch.nn.Linear):
+    """Somebody else's layer."""
+
+
+def layers(dtype=torch.float32):
+    return torch.nn.ModuleDict(
+        {
+            "plain": torch.nn.Linear(64, 32),
+            "odd": torch.nn.Linear(33, 5),
+            "adapter": Adapter(64, 32),
+            "own": torch.nn.Linear(64, 32),
+        }
+    ).to(dtype)
+
+
+@pytest.mark.skipif(not LIBRARIES, reason="no compiled module runs here")
+def test_only_plain_layers_are_served():
+    modules = layers()
+    modules["own"].forward = lambda x: x
+    parameters = dict(modules.named_parameters())
+    assert serve(modules, "auto").startswith("native")
+    assert type(modules["plain"]) is RowLinear and modules["plain"].library
+    assert type(modules["odd"]) is RowLinear and modules["odd"].library
+    assert type(modules["adapter"]) is Adapter
+    assert type(modules["own"]) is torch.nn.Linear
+    assert all(tensor is parameters[name] for name, tensor in modules.named_parameters())
+    assert serve(modules, "torch") == "torch" and modules["plain"].library is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.bfloat16], ids=str)
+def test_types_without_code_stay_with_torch(dtype):
+    modules = layers(dtype)
+    found = serve(modules, "auto")
+    assert modules["odd"].library is None, "33 bfloat16 are no whole pairs; others have no code"
+    if dtype != torch.bfloat16:
+        assert found == "torch"
+    x = numbers(3, 33, dtype=dtype)
+    expected = torch.nn.functional.linear(x, modules["odd"].weight, modules["odd"].bias)
+    assert torch.equal(modules["odd"](x), expected)
+
+
+def test_hooks_of_a_layer_are_kept():
+    modules, seen = layers(), []
+    modules["plain"].register_forward_hook(lambda *_: seen.append(1))
+    serve(modules, "auto")
+    modules["plain"](torch.zeros(1, 64))
+    assert seen == [1]
+
+
+def test_wrong_inputs_are_torchs_errors():
+    modules = layers()
+    serve(modules, "auto")
+    with pytest.raises(RuntimeError):
+        modules["plain"](torch.zeros(2, 32))
+    with pytest.raises(RuntimeError):
+        modules["plain"](torch.zeros(2, 64, dtype=torch.float64))
+    assert modules["plain"](torch.zeros(0, 64)).shape == (0, 32)
+
+
+def test_a_module_that_breaks_its_promise_is_not_used(monkeypatch):
+    """Rows that depend on their number, as a library's may."""
+
+    class Broken:
+        def linear(self, kind, x, stride, rows, depth, *rest):
+            depth -= rows < 8  # other code for few rows
+            LIBRARIES["avx2"].linear(kind, x, stride, rows, depth, *rest)
+
+    if "avx2" not in LIBRARIES:
+        pytest.skip("no compiled module runs here")
+    assert not linear._keeps_promise(Broken(), torch.float32)
+    assert linear._keeps_promise(LIBRARIES["avx2"], torch.float32)
+
+
+def test_the_users_model_keeps_its_layers():
+    model = build("llama", FULL_ATTENTION["llama"])
+    before = [type(module) for module in model.modules()]
+    cached = wrapped(model)
+    plain = copy.deepcopy(model)
+    run(cached, prompt(40))
+    assert [type(module) for module in model.modules()] == before
+    x = torch.tensor([prompt(12)])
+    assert torch.equal(model(x).logits, plain(x).logits)
+
+
+def test_lower_precision_is_left_to_the_library():
+    """Who lets float32 products round their operands wants that speed."""
+    matmul = torch.backends.mkldnn.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        assert wrapped(tiny("llama")).proof.linear == "torch"
+    finally:
+        matmul.fp32_precision = before
+    assert wrapped(tiny("llama"), kernel="torch").proof.linear == "torch"
