@@ -46,8 +46,9 @@ class Config:
         prefill_step: most tokens of one prefill forward.
         border: where prefill is cut if row invariance does not hold (the fallback of exact mode).
         exactness: "auto" probes for row invariance; "borders" forces the fallback.
-        kernel: of attention: "auto" takes the fastest that runs here, "native" insists on the
-            compiled one, "torch" avoids it. Two kernels differ in the last bits and share nothing.
+        kernel: of attention and linear layers: "auto" takes the fastest that runs here, "native"
+            insists on compiled attention, "torch" avoids compiled code. What differs in the last
+            bits shares nothing.
         keep_answers: store the KV of generated tokens too, so that the next turn finds them.
         stores: colder tiers, such as "disk:DIR"; none is available in this version.
     """

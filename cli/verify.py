@@ -32,6 +32,7 @@ def command(ctx: click.Context, model: str, dtype: str, as_json: bool) -> None:
             "largest logit error": f"{report.max_logit_error:.2e}",
             "number type": report.dtype,
             "attention kernel": report.details.get("kernel", "none"),
+            "linear layers": report.details.get("linear", "none"),
             "reason": report.reason,
         }
         console().print(pairs(f"Verification of {model}", values))
