@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,11 +25,11 @@ from chunkcache.hf import arguments
 from chunkcache.hf.cache import ChunkCache
 from chunkcache.hf.fingerprint import Watch, arithmetic, digest_weights, namespace
 from chunkcache.hf.forward import ForwardHooks
+from chunkcache.hf.ledger import Ledger, tree_rows
 from chunkcache.hf.prefill import Prefiller, Row
 from chunkcache.hf.probe import (
     Proof,
     check_model,
-    exactness,
     fixed_rope_limit,
     position_limit,
     probe,
@@ -83,12 +81,7 @@ class CachedModel:
         self._limit = position_limit(model)
         self._rope_limit = fixed_rope_limit(model)
         self._lock = threading.RLock()
-        self._local = threading.local()
-        self._last: list[Reuse] = []
-        self._running: dict[int, Batch] = {}
-        self._sums: Counter[str] = Counter()
-        self._misses: Counter[str] = Counter()
-        self._named: dict[str, Counter[str]] = {}
+        self._ledger = Ledger()
         self._closed = False
         self._fingerprint()
 
@@ -155,7 +148,7 @@ class CachedModel:
             TrainingModeError, ModelChangedError, ClosedError
         """
         self._check_usable()
-        self._local.last = []
+        self._ledger.begin()
         own = kwargs.pop("input_ids", None)
         configs = (generation_config, self.model.generation_config)
         arguments.refuse(kwargs, *configs)
@@ -173,7 +166,7 @@ class CachedModel:
         ends = arguments.eos_ids(kwargs, *configs)
         with self._open(prompts.rows) as rows:
             cache = self._prepare(rows, prompts.pads, copies)
-            with self._counted(cache):
+            with self._ledger.running(cache.batch):
                 result = self._twin.generate(
                     input_ids,
                     generation_config=generation_config,
@@ -181,7 +174,7 @@ class CachedModel:
                     past_key_values=cache,
                     **kwargs,
                 )
-            self._note(rows)
+            self._ledger.note(rows)
             self._keep_answers(rows, cache, ends)
         if getattr(result, "past_key_values", None) is not None:
             result.past_key_values = None  # its chunks may be evicted from now on
@@ -198,17 +191,6 @@ class CachedModel:
                 f"prompt and answer may reach {end} tokens, but beyond {self._rope_limit} this "
                 "model's rotary embeddings change and KV can no longer be shared"
             )
-
-    @contextmanager
-    def _counted(self, cache: ChunkCache) -> Iterator[None]:
-        """The request's tails are part of the statistics while it runs."""
-        with self._lock:
-            self._running[id(cache)] = cache.batch
-        try:
-            yield
-        finally:
-            with self._lock:
-                del self._running[id(cache)]
 
     @contextmanager
     def _open(self, prompts: list[list[int]]) -> Iterator[list[Row]]:
@@ -266,8 +248,7 @@ class CachedModel:
             # The last token was sampled but never run; what follows an end is padding.
             count = len(answer) + 1 if end is None else end + 1
             tokens = sequence.tokens[: prompt + count]
-            with self._lock:
-                self._sums["generated"] += count
+            self._ledger.generated(count)
             if keep:
                 space = rows[0].namespace
                 self._prefiller.store_tokens(space, cache.batch, number, tokens)
@@ -283,82 +264,21 @@ class CachedModel:
 
     # -- records
 
-    def _note(self, rows: list[Row]) -> None:
-        reuse = [row.reuse for row in rows]
-        self._local.last = reuse
-        with self._lock:
-            self._last = reuse
-            for row in rows:
-                self._sums["requests"] += 1
-                self._sums["prompt"] += row.reuse.prompt_tokens
-                self._sums["cached"] += row.reuse.cached_tokens
-                self._misses[row.reuse.reason] += row.reuse.computed_tokens
-                for name in row.names:
-                    counts = self._named.setdefault(name, Counter())
-                    counts["requests"] += 1
-                    counts["cached_tokens"] += row.reuse.cached_tokens
-
     @property
     def last_reuse(self) -> list[Reuse]:
         """A record per prompt of this thread's last generate(), else of anybody's last."""
-        return list(getattr(self._local, "last", self._last))
+        return self._ledger.last
 
     def stats(self) -> Stats:
         """Sums since wrap() and what is stored now."""
-        trees, store = self.store.trees(), self.store
-        with self._lock:
-            tails = [batch.arena.bytes for batch in self._running.values()]
-            return Stats(
-                model=str(self.model.config.model_type),
-                mode=self.settings.mode,
-                exactness=exactness(self.proof, self.settings.mode),
-                kernel=self.proof.kernel,
-                tier="A",
-                chunk_size=self.settings.chunk_size,
-                token_bytes=store.layout.token_bytes,
-                requests=self._sums["requests"],
-                prompt_tokens=self._sums["prompt"],
-                cached_tokens=self._sums["cached"],
-                generated_tokens=self._sums["generated"],
-                miss_tokens=dict(self._misses),
-                named={name: dict(counts) for name, counts in self._named.items()},
-                nodes=sum(tree.nodes for tree in trees),
-                chunks=store.pool.used,
-                bytes=store.pool.used_bytes,
-                capacity_bytes=store.pool.capacity * store.layout.chunk_bytes,
-                leased_chunks=sum(tree.leased_chunks for tree in trees),
-                pinned_chunks=sum(tree.pinned_chunks for tree in trees),
-                evictable_chunks=sum(tree.evictable_chunks for tree in trees),
-                tail_bytes=sum(tails),
-                stored_chunks=store.flow.stored,
-                evicted_chunks=store.flow.evicted,
-                refused_chunks=store.flow.refused,
-                phase_one=self._prefiller.decisions.grouped,
-                phase_one_refused=self._prefiller.decisions.refused,
-            )
+        kind, decisions = str(self.model.config.model_type), self._prefiller.decisions
+        return self._ledger.stats(kind, self.settings, self.proof, self.store, decisions)
 
     def tree_rows(self) -> list[TreeRow]:
         """The stored prefixes, depth first."""
-        return [row for tree in self.store.trees() for row in self._rows_of(tree)]
-
-    def _rows_of(self, tree: Any) -> Iterator[TreeRow]:
-        now = time.monotonic()
-        depths: dict[int, int] = {}
-        for node in tree.walk():
-            depth = depths[id(node)] = depths.get(id(node.parent), -1) + 1
-            yield TreeRow(
-                depth,
-                node.start,
-                node.token_count,
-                node.token_count * self.store.layout.token_bytes,
-                node.hits,
-                now - node.last_used,
-                node.pins > 0,
-                node.leases,
-                node.names,
-                "device",
-                self._snippet(node.tokens[:32].tolist()),
-            )
+        size = self.store.layout.token_bytes
+        trees = self.store.trees()
+        return [row for tree in trees for row in tree_rows(tree, size, self._snippet)]
 
     def _snippet(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids)) if self.tokenizer is not None else ""

@@ -1,0 +1,134 @@
+"""What requests leave behind: records, sums, and a view of what is stored."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from chunkcache.attention.batch import Batch
+from chunkcache.attention.groups import Decisions
+from chunkcache.config import Config
+from chunkcache.hf.prefill import Row
+from chunkcache.hf.probe import Proof, exactness
+from chunkcache.kv.store import PrefixStore
+from chunkcache.lab.records import Reuse, Stats, TreeRow
+from chunkcache.tree import PrefixTree
+
+
+class Ledger:
+    """Sums over all requests of one wrapper. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        self._last: list[Reuse] = []
+        self._running: dict[int, Batch] = {}
+        self._sums: Counter[str] = Counter()
+        self._misses: Counter[str] = Counter()
+        self._named: dict[str, Counter[str]] = {}
+
+    def begin(self) -> None:
+        """This thread's last request is no longer its last."""
+        self._local.last = []
+
+    @contextmanager
+    def running(self, batch: Batch) -> Iterator[None]:
+        """The tails of a request are part of the statistics while it runs."""
+        with self._lock:
+            self._running[id(batch)] = batch
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._running[id(batch)]
+
+    def note(self, rows: list[Row]) -> None:
+        """Counts the prompts of a request."""
+        self._local.last = reuse = [row.reuse for row in rows]
+        with self._lock:
+            self._last = reuse
+            for row in rows:
+                self._sums["requests"] += 1
+                self._sums["prompt"] += row.reuse.prompt_tokens
+                self._sums["cached"] += row.reuse.cached_tokens
+                self._misses[row.reuse.reason] += row.reuse.computed_tokens
+                for name in row.names:
+                    counts = self._named.setdefault(name, Counter())
+                    counts["requests"] += 1
+                    counts["cached_tokens"] += row.reuse.cached_tokens
+
+    def generated(self, tokens: int) -> None:
+        """Counts tokens of answers."""
+        with self._lock:
+            self._sums["generated"] += tokens
+
+    @property
+    def last(self) -> list[Reuse]:
+        """Of this thread's last request, else of anybody's."""
+        return list(getattr(self._local, "last", self._last))
+
+    def stats(
+        self, model: str, settings: Config, proof: Proof, store: PrefixStore, decisions: Decisions
+    ) -> Stats:
+        """The sums, and what is stored now."""
+        trees = store.trees()
+        with self._lock:
+            tails = [batch.arena.bytes for batch in self._running.values()]
+            return Stats(
+                model=model,
+                mode=settings.mode,
+                exactness=exactness(proof, settings.mode),
+                kernel=proof.kernel,
+                tier="A",
+                chunk_size=settings.chunk_size,
+                token_bytes=store.layout.token_bytes,
+                requests=self._sums["requests"],
+                prompt_tokens=self._sums["prompt"],
+                cached_tokens=self._sums["cached"],
+                generated_tokens=self._sums["generated"],
+                miss_tokens=dict(self._misses),
+                named={name: dict(counts) for name, counts in self._named.items()},
+                nodes=sum(tree.nodes for tree in trees),
+                chunks=store.pool.used,
+                bytes=store.pool.used_bytes,
+                capacity_bytes=store.pool.capacity * store.layout.chunk_bytes,
+                leased_chunks=sum(tree.leased_chunks for tree in trees),
+                pinned_chunks=sum(tree.pinned_chunks for tree in trees),
+                evictable_chunks=sum(tree.evictable_chunks for tree in trees),
+                tail_bytes=sum(tails),
+                stored_chunks=store.flow.stored,
+                evicted_chunks=store.flow.evicted,
+                refused_chunks=store.flow.refused,
+                phase_one=decisions.grouped,
+                phase_one_refused=decisions.refused,
+            )
+
+
+def tree_rows(
+    tree: PrefixTree, token_bytes: int, decode: Callable[[list[int]], str]
+) -> Iterator[TreeRow]:
+    """The nodes of a tree, depth first.
+
+    Args:
+        token_bytes: KV of one token; decode: from ids to text.
+    """
+    now = time.monotonic()
+    depths: dict[int, int] = {}
+    for node in tree.walk():
+        depth = depths[id(node)] = depths.get(id(node.parent), -1) + 1
+        yield TreeRow(
+            depth,
+            node.start,
+            node.token_count,
+            node.token_count * token_bytes,
+            node.hits,
+            now - node.last_used,
+            node.pins > 0,
+            node.leases,
+            node.names,
+            "device",
+            decode(node.tokens[:32].tolist()),
+        )
