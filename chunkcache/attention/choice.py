@@ -44,22 +44,26 @@ def _native(layout: ChunkLayout) -> tuple[Kernels | None, str]:
         return None, f"it is for CPUs and the model is on {layout.device.type}"
     if layout.dtype not in TYPES:
         return None, f"it has no code for {layout.dtype}"
-    found, missing = sound(layout.dtype)
-    reason = "; ".join(f"{name}: {why}" for name, why in missing.items())
-    return next(iter(found.values()), None), reason
+    kernels, missing = best(layout.dtype)
+    return kernels, "; ".join(f"{name}: {why}" for name, why in missing.items())
 
 
 @cache
-def sound(dtype: torch.dtype) -> tuple[dict[str, Kernels], dict[str, str]]:
-    """The native kernels that keep their promise here, best first; and why the others do not serve."""
+def best(dtype: torch.dtype) -> tuple[Kernels | None, dict[str, str]]:
+    """The first native kernel that keeps its promise here, and why better ones do not serve."""
     modules, missing = libraries()
-    found: dict[str, Kernels] = {}
-    for name, library in modules.items():
-        kernels = partial(NativeKernel, library=library, instructions=name)
-        if keeps_promise(kernels, dtype):
-            found[name] = kernels
-        else:
-            missing = missing | {name: "it failed its check on this machine"}
-    if not found:  # answers stay exact, but somebody waits longer for them
-        _log.warning("attention runs in torch; no native kernel serves %s: %s", dtype, missing)
-    return found, missing
+    for name in modules:
+        kernels = sound(name, dtype)
+        if kernels is not None:
+            return kernels, missing
+        missing = missing | {name: "it failed its check on this machine"}
+    # Answers stay exact, but somebody waits longer for them.
+    _log.warning("attention runs in torch; no native kernel serves %s: %s", dtype, missing)
+    return None, missing
+
+
+@cache
+def sound(name: str, dtype: torch.dtype) -> Kernels | None:
+    """The native kernel of an instruction set, if it keeps its promise on this machine."""
+    kernels = partial(NativeKernel, library=libraries()[0][name], instructions=name)
+    return kernels if keeps_promise(kernels, dtype) else None

@@ -25,7 +25,9 @@ from tests.models import DEVICE, TYPES
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
-KERNELS = {"torch": TorchKernel} | (choice.sound(torch.float32)[0] if DEVICE == "cpu" else {})
+KERNELS = {"torch": TorchKernel}
+if DEVICE == "cpu":
+    KERNELS |= {name: choice.sound(name, torch.float32) for name in libraries()[0]}
 
 
 @pytest.fixture(params=KERNELS)
@@ -187,10 +189,11 @@ def test_no_cut_no_company_no_layout_shows(name, shape, dtype, data):
 
 def test_native_kernels_are_built_where_they_can_be():
     """A build that fails is not an error, since a compiler is optional; it must not go unnoticed."""
-    found, missing = choice.sound(torch.float32)
+    found, missing = libraries()
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler and os.uname().machine == "x86_64":
         assert all(name in found or "lacks" in missing[name] for name in SETS), missing
+    assert all(choice.sound(name, dtype) for name in found for dtype in TYPES)
 
 
 def test_modules_of_other_sources_are_left_alone(monkeypatch):
@@ -200,10 +203,10 @@ def test_modules_of_other_sources_are_left_alone(monkeypatch):
 
 
 def test_a_module_that_fails_its_check_does_not_serve(monkeypatch, caplog):
-    monkeypatch.setattr(choice, "keeps_promise", lambda kernels, dtype: False)
-    found, missing = choice.sound.__wrapped__(torch.float32)
+    monkeypatch.setattr(choice, "sound", lambda name, dtype: None)
+    found, missing = choice.best.__wrapped__(torch.float32)
     assert "attention runs in torch" in caplog.text
-    assert not found and all("failed" in missing[name] for name in libraries()[0])
+    assert found is None and all("failed" in missing[name] for name in libraries()[0])
 
 
 def test_a_kernel_that_is_not_to_be_had_says_why():
