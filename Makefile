@@ -69,5 +69,5 @@ stress: env
 	CHUNKCACHE_STEPS=1000000 $(PYTEST) tests/tree/test_random.py
 
 clean:
-	rm -rf build dist *.egg-info chunkcache/attention/native/*.so $(READY) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist *.egg-info chunkcache/native/*.so $(READY) .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

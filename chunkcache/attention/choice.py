@@ -9,12 +9,12 @@ from typing import Literal
 import torch
 
 from chunkcache.attention.kernel import Kernels
-from chunkcache.attention.native import TYPES, NativeKernel
+from chunkcache.attention.native import NativeKernel
 from chunkcache.attention.selfcheck import keeps_promise
 from chunkcache.attention.torch_kernel import TorchKernel
 from chunkcache.errors import ConfigError
 from chunkcache.kv.layout import ChunkLayout
-from chunkcache.native.library import libraries
+from chunkcache.native.library import TYPES, libraries
 
 _log = logging.getLogger(__name__)
 

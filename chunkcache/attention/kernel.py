@@ -36,9 +36,14 @@ class Plan(ABC):
 
 
 class Kernel(ABC):
-    """Makes plans; owns the scratch memory of one request. Not thread-safe."""
+    """Makes plans; owns the scratch memory of one request. Not thread-safe.
+
+    Attributes:
+        keeps_rows: whether the promise can be kept for this layout; borders serve where it cannot.
+    """
 
     name: str
+    keeps_rows: bool = True
 
     @abstractmethod
     def step(self, sequences: Rows[Sequence], groups: list[Group], used: int) -> Plan:

@@ -16,9 +16,8 @@ from chunkcache.attention.workspace import Workspace
 from chunkcache.kv.layout import KV, ChunkLayout
 from chunkcache.kv.pool import Pool
 from chunkcache.kv.sequence import Sequence
-from chunkcache.native.library import VERSION, Library, Shape
+from chunkcache.native.library import TYPES, VERSION, Library, Shape
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SEGMENT = 512  # tokens whose chunks are folded into one state
 
 

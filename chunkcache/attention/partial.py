@@ -7,7 +7,8 @@ So what a row gets depends on the row and its keys alone: not on which chunks la
 which node they belong to, who shares them, or how many rows were computed at once. This needs of the
 library only that a row of a batched product does not depend on the number of rows and batches. On
 CPUs that is true from four rows up, if the product is not a small one, for which torch has other
-code (see `padded_rows`); the probe checks it for each model and machine.
+code (`padded_rows`), nor an odd narrow one (`keeps_rows`); the probe checks it for each model and
+machine.
 
 **The logarithm's base is 2** inside: scores are scaled by log2(e), because exp2 is three times
 faster than exp on CPUs (0.28 against 0.82 ns per element). `natural()` converts a state for others.
@@ -28,9 +29,8 @@ from chunkcache.attention.workspace import Workspace
 
 LOG2E = math.log2(math.e)
 _ROWS = 4  # batched products give a row the same bits from four rows up
-_SMALL = (
-    16**3
-)  # torch takes other code for half-precision products up to this size, float32 up to 400
+_SMALL = 400  # multiplications of an entry up to which torch has other code for float32
+_SMALL_HALF = 16**3  # and of all entries for half precision
 _UNIT = 2.0**40  # of fixed-point numbers
 _LOWEST = -1e30  # in place of -inf, so that a chunk without a visible key gives 0 and not NaN
 
@@ -61,16 +61,26 @@ def natural(states: States) -> States:
     return States(states.o, states.m * math.log(2), states.l)
 
 
-def padded_rows(rows: int, cells: int) -> int:
+def padded_rows(rows: int, cells: int, dtype: torch.dtype) -> int:
     """Rows that a product with a matrix of so many cells is formed with.
 
     Enough that torch's choice of code does not depend on the number of rows and batches, however
     few: that choice depends on rows x cells x batches in half precision, on rows x cells in float32.
 
-    >>> padded_rows(5, 64 * 64), padded_rows(1, 16 * 8)
+    >>> padded_rows(5, 64 * 64, torch.float32), padded_rows(1, 16 * 8, torch.bfloat16)
     (8, 36)
     """
-    return -(-max(rows, _SMALL // cells + 1) // _ROWS) * _ROWS
+    small = _SMALL_HALF if dtype.itemsize == 2 else _SMALL
+    return -(-max(rows, small // cells + 1) // _ROWS) * _ROWS
+
+
+def keeps_rows(columns: int, dtype: torch.dtype) -> bool:
+    """Whether a row of a batched product so wide has the same bits wherever it stands.
+
+    MKL's float32 products of up to 7 and of 9 to 11 columns treat the rows of a group differently
+    (8 and 12 to 130 were tried and do not).
+    """
+    return dtype.itemsize == 2 or columns == 8 or columns >= 12
 
 
 def partial(
@@ -100,7 +110,7 @@ def partial(
     """
     n, heads, dim, chunk = keys.shape
     asked = query.shape[2]
-    rows = padded_rows(asked, chunk * min(dim, values.shape[-1]))
+    rows = padded_rows(asked, chunk * min(dim, values.shape[-1]), keys.dtype)
     o, _ = space.get(name + ".o", (n, heads, rows, values.shape[-1]), keys.dtype)
     m, _ = space.get(name + ".m", (n, heads, rows))
     l, _ = space.get(name + ".l", (n, heads, rows))

@@ -8,6 +8,7 @@ import torch
 
 from chunkcache.attention.groups import Group
 from chunkcache.attention.kernel import Kernel, Plan
+from chunkcache.attention.partial import keeps_rows
 from chunkcache.attention.plan import PrefillPlan, StepPlan, plan_step
 from chunkcache.attention.two_phase import Block, attend_prefill, attend_step
 from chunkcache.attention.workspace import Workspace
@@ -28,6 +29,8 @@ class TorchKernel(Kernel):
         self.layout = layout
         self.ordered = ordered
         self.space = Workspace(layout.device)
+        widths = {layout.chunk_size, *(layer.value_dim for layer in layout.layers)}
+        self.keeps_rows = all(keeps_rows(width, layout.dtype) for width in widths)
 
     def step(self, sequences: Rows[Sequence], groups: list[Group], used: int) -> Plan:
         """As the base class says."""

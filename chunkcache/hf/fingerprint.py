@@ -97,7 +97,8 @@ def namespace(
     """The 32-byte name of the tree whose chunks this model may read.
 
     Args:
-        settings: what else decides bits: chunk size, mode, exactness, row multiple.
+        settings: what else decides bits: chunk size, mode, row multiple, border, what computes
+            attention and linear layers.
     """
     config = model.config.to_dict()
     for volatile in ("_name_or_path", "transformers_version", "architectures", "torch_dtype"):
@@ -185,8 +186,11 @@ class _Module:
                 if tensor is not None:
                     other = theirs[name]
                     place = tensor.data_ptr()
+                    strides = tensor.stride() if tensor.layout == torch.strided else ()
                     shared = other is not None and other.data_ptr() == place
-                    found.append((name, place, tensor.dtype, tensor.device, tensor.shape, shared))
+                    found.append(
+                        (name, place, tensor.dtype, tensor.device, tensor.shape, strides, shared)
+                    )
         return found
 
     def as_it_was(self) -> bool:

@@ -9,38 +9,52 @@ on processors that multiply pairs of it but have no matrix unit; all else stays 
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 
 import torch
 
-from chunkcache.attention.choice import Wanted
 from chunkcache.hf.fingerprint import product_type
-from chunkcache.native.library import VERSION, Library, libraries
+from chunkcache.native.library import TYPES, VERSION, Library, libraries
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_log = logging.getLogger(__name__)
 _NEAR = {torch.float32: 1e-3, torch.bfloat16: 1.0}  # for sums of about a thousand products
 
 
 class RowLinear(torch.nn.Linear):
-    """`torch.nn.Linear` by the compiled product, or by torch where `library` is None."""
+    """`torch.nn.Linear` for inference: by a compiled module, or by torch where `serving` is None."""
 
-    library: Library | None
+    serving: str | None = None  # its name, since modules cannot be copied
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input `[..., in_features]` times the weights: `[..., out_features]`."""
-        if self.library is None or not self._fits(input):
+        name, weight, bias = self.serving, self.weight, self.bias  # another thread may serve() anew
+        if name is None or not _fits(input, weight, bias):
             return super().forward(input)
-        return multiply(self.library, input, self.weight, self.bias)
+        return _multiply(libraries()[0][name], input, weight, bias)
 
-    def _fits(self, input: torch.Tensor) -> bool:
-        weight = self.weight
-        return (
-            input.dtype == weight.dtype
-            and weight.dtype in _TYPES
-            and input.shape[-1:] == weight.shape[1:]
-            and input.numel() > 0
-            and input.device.type == weight.device.type == "cpu"
-        )
+
+def _fits(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether `multiply` may be handed these; what it may not, torch computes or refuses."""
+    return (
+        _regular(weight, bias)
+        and input.dtype == weight.dtype
+        and input.device.type == "cpu"
+        and input.shape[-1:] == weight.shape[1:]
+        and input.numel() > 0
+    )
+
+
+def _regular(weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether the compiled product can read these: whole, dense, and of a type it knows."""
+    if bias is not None:
+        alike = bias.dtype == weight.dtype and bias.device == weight.device
+        if not alike or not bias.is_contiguous() or bias.shape != weight.shape[:1]:
+            return False
+    whole_pairs = weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0
+    known = weight.dtype == torch.float32 or whole_pairs
+    placed = weight.device.type == "cpu" and weight.is_contiguous()
+    return known and placed and weight.data_ptr() % 4 == 0
 
 
 def multiply(
@@ -48,16 +62,27 @@ def multiply(
 ) -> torch.Tensor:
     """input `[..., k]` times weight `[n, k]`, transposed, plus bias `[n]`: `[..., n]`, all of one type.
 
-    O(rows n k); scratch memory of 192 KiB per thread.
+    O(rows n k); scratch memory of at most 192 KiB per thread. No gradients.
+
+    Raises:
+        ValueError: for tensors that the library, which is handed addresses, could not refuse.
     """
+    if not _fits(input, weight, bias):
+        raise ValueError(f"no product of {input.dtype} {tuple(input.shape)} by these weights")
+    return _multiply(library, input, weight, bias)
+
+
+def _multiply(
+    library: Library, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     columns, depth = weight.shape
     rows = input.reshape(-1, depth)
     size = input.element_size()
-    if rows.stride(1) != 1 or rows.stride(0) * size % 4:
-        rows = rows.contiguous()
+    if rows.stride(1) != 1 or rows.stride(0) * size % 4 or rows.data_ptr() % 4:
+        rows = rows.clone(memory_format=torch.contiguous_format)
     out = input.new_empty(len(rows), columns)
     library.linear(
-        _TYPES[input.dtype],
+        TYPES[input.dtype],
         rows.data_ptr(),
         rows.stride(0) * size,
         len(rows),
@@ -72,7 +97,7 @@ def multiply(
     return out.view(*input.shape[:-1], columns)
 
 
-def serve(twin: torch.nn.Module, wanted: Wanted) -> str:
+def serve(twin: torch.nn.Module, compiled: bool = True) -> str:
     """Gives the twin's linear layers the product that is best for them, and says which.
 
     Layers of other classes (adapters, quantised weights) and with a forward of their own keep it.
@@ -82,37 +107,33 @@ def serve(twin: torch.nn.Module, wanted: Wanted) -> str:
         if type(module) not in (torch.nn.Linear, RowLinear) or "forward" in module.__dict__:
             continue
         assert isinstance(module, torch.nn.Linear)
-        found = None if wanted == "torch" else _find(module)
+        name = _find(module) if compiled else None
         module.__class__ = RowLinear  # hooks, tensors and names stay as they are
-        module.__dict__["library"] = found[1] if found else None
-        if found:
-            used.add(found[0])
+        module.__dict__["serving"] = name
+        if name:
+            used.add(name)
     return f"native {' '.join(sorted(used))} {VERSION}" if used else "torch"
 
 
-def _find(module: torch.nn.Linear) -> tuple[str, Library] | None:
-    """The compiled product for a layer, if there is one."""
-    weight, bias = module.weight, module.bias
-    tensors = [weight] if bias is None else [weight, bias]
-    if any(type(tensor) is not torch.nn.Parameter for tensor in tensors):
+def _find(module: torch.nn.Linear) -> str | None:
+    """The compiled module for a layer, if there is one."""
+    tensors = [module.weight] if module.bias is None else [module.weight, module.bias]
+    plain = all(type(tensor) is torch.nn.Parameter for tensor in tensors)
+    if not plain or not _regular(module.weight, module.bias):
         return None
-    if weight.device.type != "cpu" or not all(tensor.is_contiguous() for tensor in tensors):
-        return None
-    if bias is not None and bias.dtype != weight.dtype:
-        return None
-    if weight.dtype == torch.float32:
-        exact = product_type(weight.device) == torch.float32  # else the user asked for less
-        return sound(torch.float32) if exact else None
-    whole_pairs = weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0
-    return sound(torch.bfloat16) if whole_pairs else None
+    if module.weight.dtype == torch.float32 and product_type(module.weight.device) != torch.float32:
+        return None  # the user gave up precision for speed that we do not have
+    return best(module.weight.dtype)
 
 
 @cache
-def sound(dtype: torch.dtype) -> tuple[str, Library] | None:
-    """The best module whose product of this type keeps its promise on this machine, and its name."""
+def best(dtype: torch.dtype) -> str | None:
+    """The first compiled module whose product of this type keeps its promise on this machine."""
     for name, library in libraries()[0].items():
-        if (dtype == torch.float32 or library.pairs()) and _keeps_promise(library, dtype):
-            return name, library
+        if dtype == torch.float32 or library.pairs():
+            if _keeps_promise(library, dtype):
+                return name
+            _log.warning("linear layers in %s do without %s: it failed its check", dtype, name)
     return None
 
 
@@ -120,7 +141,7 @@ def _keeps_promise(library: Library, dtype: torch.dtype) -> bool:
     """Whether products are right, and a row's bits the same in any company."""
     generator = torch.Generator().manual_seed(0)
     count, columns, depth = 131, 203, 1110  # no multiples of any tile
-    numbers = torch.randn(count + columns, depth, generator=generator).to(dtype)
+    numbers = torch.randn(count + columns, depth, generator=generator, device="cpu").to(dtype)
     rows, weight, bias = numbers[:count], numbers[count:], numbers[0, :columns]
     whole = multiply(library, rows, weight, bias)
     expected = rows.double() @ weight.double().T + bias.double()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from chunkcache.hf.cache import ChunkCache
 from chunkcache.hf.fingerprint import Watch, arithmetic, digest_weights, namespace
 from chunkcache.hf.forward import ForwardHooks
 from chunkcache.hf.ledger import Ledger, tree_rows
-from chunkcache.hf.prefill import Prefiller, Row
+from chunkcache.hf.prefill import Prefiller, Row, Space
 from chunkcache.hf.probe import (
     Proof,
     check_model,
@@ -81,6 +82,7 @@ class CachedModel:
         self._limit = position_limit(model)
         self._rope_limit = fixed_rope_limit(model)
         self._lock = threading.RLock()
+        self._epochs = itertools.count()
         self._ledger = Ledger()
         self._closed = False
         self._fingerprint()
@@ -103,23 +105,23 @@ class CachedModel:
     def _fingerprint(self) -> None:
         self._weights = digest_weights(self.model)
         self._watch = Watch(self.model, self._twin)
-        self._space = self._name()
+        self._space = self._next_space()
 
-    def _namespace(self) -> bytes:
+    def _enter(self) -> Space:
         """Where chunks of the model as it is now belong; forgets those of changed weights."""
         with self._lock:
             if self._watch.changed():
                 stale = self._space
                 self._fingerprint()
-                if stale != self._space:
-                    self.store.drop(stale)
+                if stale.name != self._space.name:
+                    self.store.drop(stale.name)
             if self.proof.arithmetic != arithmetic(self.model.device):
                 self.proof = self._prove()
                 self._apply_proof()
-                self._space = self._name()
+                self._space = self._next_space()
             return self._space
 
-    def _name(self) -> bytes:
+    def _next_space(self) -> Space:
         settings = {
             "chunk_size": self.settings.chunk_size,
             "mode": self.settings.mode,
@@ -128,11 +130,12 @@ class CachedModel:
             "linear": self.proof.linear,
             "border": self.settings.border if self._prefiller.borders else 0,
         }
-        return namespace(self._twin, self._weights, settings, self.settings.tenant)
+        name = namespace(self._twin, self._weights, settings, self.settings.tenant)
+        return Space(name, next(self._epochs))
 
-    def _current(self) -> bytes:
-        """The namespace that may be stored to: none after close()."""
-        return b"" if self._closed else self._namespace()
+    def _current(self) -> Space | None:
+        """The space that may be stored to: none after close()."""
+        return None if self._closed else self._enter()
 
     # -- generate
 
@@ -195,7 +198,7 @@ class CachedModel:
     @contextmanager
     def _open(self, prompts: list[list[int]]) -> Iterator[list[Row]]:
         """The rows of a request, filled as far as the request's shape allows; given back at the end."""
-        space = self._namespace()
+        space = self._enter()
         rows: list[Row] = []
         try:
             for tokens in prompts:
@@ -250,8 +253,7 @@ class CachedModel:
             tokens = sequence.tokens[: prompt + count]
             self._ledger.generated(count)
             if keep:
-                space = rows[0].namespace
-                self._prefiller.store_tokens(space, cache.batch, number, tokens)
+                self._prefiller.store_tokens(rows[0].space, cache.batch, number, tokens)
 
     def _check_usable(self) -> None:
         if self._closed:
@@ -304,7 +306,7 @@ class CachedModel:
         self._check_usable()
         ids = self._ids(prompt)
         arguments.read_prompts(torch.tensor([ids]), None, self.model, self._limit, None)
-        space = self._namespace()
+        space = self._enter()
         row = self._prefiller.open(space, ids, len(ids))
         try:
             self._prefiller.prefill(row, len(ids))
@@ -320,7 +322,7 @@ class CachedModel:
                 "raise device_bytes or flush()"
             )
         if pin:
-            self.store.tree(space).pin(ids[:stored], name, ttl)
+            self.store.tree(space.name).pin(ids[:stored], name, ttl)
         return stored
 
     def _ids(self, prompt: Any) -> list[int]:

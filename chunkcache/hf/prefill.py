@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -22,11 +23,22 @@ from chunkcache.lab.records import Reuse
 from chunkcache.tree import Lease, Match, Node, Piece
 
 
+class Space(NamedTuple):
+    """A namespace, and how often the model or its arithmetic had changed when it was entered.
+
+    A model may change and change back while a request runs: the name is then the old one again, and
+    what the request computed is a mixture all the same.
+    """
+
+    name: bytes
+    epoch: int
+
+
 @dataclass
 class Row:
     """One prompt on its way; `Prefiller.close` gives everything back."""
 
-    namespace: bytes
+    space: Space
     tokens: list[int]
     batch: Batch
     leases: list[Lease]
@@ -46,8 +58,8 @@ class Prefiller:
     Args:
         borders: reuse and cut at multiples of `settings.border` only, and copy what is reused, so
             that a hit runs the very same products as a miss.
-        current: the namespace of the model as it is now; KV of a model that changed meanwhile is
-            not stored.
+        current: the space of the model as it is now, None if nothing may be stored; KV of a model
+            that changed meanwhile is not stored.
     """
 
     def __init__(
@@ -56,7 +68,7 @@ class Prefiller:
         store: PrefixStore,
         settings: Config,
         borders: bool,
-        current: Callable[[], bytes],
+        current: Callable[[], Space | None],
     ):
         self.twin = twin
         self.store = store
@@ -69,21 +81,21 @@ class Prefiller:
 
     # -- opening
 
-    def open(self, namespace: bytes, tokens: list[int], limit: int | None = None) -> Row:
+    def open(self, space: Space, tokens: list[int], limit: int | None = None) -> Row:
         """A row with everything that can be reused of its first `limit` tokens (all but the last)."""
         limit = len(tokens) - 1 if limit is None else limit
-        tree, flight = self.store.tree(namespace), None
+        tree, flight = self.store.tree(space.name), None
         while flight is None:
             stored = tree.match(tokens, limit).tokens
-            flight = self.flights.wait_or_start(namespace, tokens, stored)
+            flight = self.flights.wait_or_start(space.name, tokens, stored)
         try:
-            return self._lease(namespace, tokens, limit, flight)
+            return self._lease(space, tokens, limit, flight)
         except BaseException:
             self.flights.land(flight)
             raise
 
-    def _lease(self, namespace: bytes, tokens: list[int], limit: int, flight: Flight) -> Row:
-        lease = self.store.lease(namespace, tokens, limit)
+    def _lease(self, space: Space, tokens: list[int], limit: int, flight: Flight) -> Row:
+        lease = self.store.lease(space.name, tokens, limit)
         try:
             used = lease.tokens
             if self.borders:
@@ -94,7 +106,7 @@ class Prefiller:
         except BaseException:
             lease.release()
             raise
-        return Row(namespace, tokens, batch, [lease], reuse, names, flight)
+        return Row(space, tokens, batch, [lease], reuse, names, flight)
 
     def _batch(self, tokens: list[int], pieces: tuple[Piece, ...]) -> Batch:
         """A row that reads whole chunks where they are, and owns a copy of a chunk used in part."""
@@ -171,13 +183,13 @@ class Prefiller:
         tokens = sequence.tokens
         if self.borders:  # only what a whole step computed comes out the same next time
             tokens = tokens[: sequence.length - sequence.length % self.settings.border]
-        stored = self.store_tokens(row.namespace, row.batch, 0, tokens, **labels)
+        stored = self.store_tokens(row.space, row.batch, 0, tokens, **labels)
         if not self.borders and stored > sequence.shared_tokens:
             self._rebase(row, stored)
         return stored
 
     def store_tokens(
-        self, namespace: bytes, batch: Batch, row: int, tokens: list[int], **labels: object
+        self, space: Space, batch: Batch, row: int, tokens: list[int], **labels: object
     ) -> int:
         """Stores whole chunks of one row of a batch; returns how many tokens are stored now.
 
@@ -187,7 +199,7 @@ class Prefiller:
         size, held = self.settings.chunk_size, batch.sequences[row].shared_tokens
         if not labels and len(tokens) - held < size:  # all whole chunks are stored and held
             return held
-        if self.current() != namespace:
+        if self.current() != space:
             return 0
         shared = held // size
         tokens = tokens[: (shared + batch.finite_chunks(row)) * size]
@@ -195,12 +207,12 @@ class Prefiller:
         def blocks(first: int, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
             return batch.tail_blocks(row, first - shared, count)
 
-        return self.store.publish(namespace, tokens, blocks, **labels).tokens  # type: ignore[arg-type]
+        return self.store.publish(space.name, tokens, blocks, **labels).tokens  # type: ignore[arg-type]
 
     def _rebase(self, row: Row, stored: int) -> None:
         """The row reads its stored chunks from the pool; only what is behind them stays private."""
         sequence, layout = row.batch.sequences[0], self.store.layout
-        lease = self.store.hold(row.namespace, sequence.tokens, stored)
+        lease = self.store.hold(row.space.name, sequence.tokens, stored)
         row.leases.append(lease)
         drop = (lease.tokens - sequence.shared_tokens) // layout.chunk_size
         runs, _ = _cut(_runs(lease.pieces), lease.tokens // layout.chunk_size)

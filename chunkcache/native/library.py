@@ -11,8 +11,9 @@ from functools import cache
 from importlib import import_module
 from typing import Protocol
 
-import torch  # noqa: F401  # before the modules: it brings the symbol that they need
+import torch  # before the modules: it brings the symbol that they need
 
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in memory.h
 Shape = tuple[int, int, int, int, int, int, float, int]
 VERSION = 3  # of the modules' arithmetic and arguments; part of a kernel's name
 SETS = ("avx512bf16", "avx512", "avx2")  # the best first

@@ -21,6 +21,7 @@ namespace chunkcache {
 
 constexpr int kDepth = 256;       // units of depth in a block; decides bits
 constexpr int kMostRows = 512;    // of activations that share a turned panel; does not
+constexpr int kSmall = 1 << 17;   // products that take less time than calling threads together
 constexpr int kPanel = kColumns * kWidth;  // columns that are turned together; does not
 
 // Scratch memory of one thread.
@@ -51,7 +52,8 @@ struct Linear {
     while (block > 64 && tasks(block, width) < 4 * threads) block /= 2;
     while (width > kWidth && tasks(block, width) < 2 * threads) width /= 2;
     const int64_t panels = parts(columns, width);
-    return run<LinearWorker>(block, tasks(block, width), threads, [&](LinearWorker& worker, int64_t i) {
+    const bool small = count * depth * columns < kSmall;
+    return run<LinearWorker>(std::min(block, count), tasks(block, width), small ? 1 : threads, [&](LinearWorker& worker, int64_t i) {
       const int64_t begin = i / panels * block, first = i % panels * width;
       const int64_t later = (i + threads) % panels * width;  // what a thread is likely to take next
       const Part part{begin, std::min(count, begin + block), first, std::min(columns, first + width), later};
@@ -125,13 +127,12 @@ struct Linear {
   template <class Op>
   void add(int count, const typename Op::Unit* a, const typename Op::Unit* panel, int units, int width, float* sums,
            bool first) const {
-    const int stride = static_cast<int>(row_stride);
     if (first) {
-      rows_product<Op>(count, a, stride, panel, width, units, width, sums, width, nullptr);
+      rows_product<Op>(count, a, row_stride, panel, width, units, width, sums, width, nullptr);
       return;
     }
     alignas(64) float block[kRows * kPanel];
-    rows_product<Op>(count, a, stride, panel, width, units, width, block, width, nullptr);
+    rows_product<Op>(count, a, row_stride, panel, width, units, width, block, width, nullptr);
     for (int i = 0; i < count * width; i += kWidth)
       simd::store(sums + i, simd::add(simd::load(sums + i), simd::load(block + i)));
   }

@@ -98,7 +98,7 @@ inline void narrow(float* numbers, int type, int count) {
 
 // `rows` rows of `count` numbers as float32, each row padded with zeros to `width`.
 inline void unpack(const void* from, int type, int rows, int count, int width, float* to) {
-  size_t stride = count * (type == kFloat32 ? 4 : 2);
+  size_t stride = count * item_size(type);
   for (int r = 0; r < rows; ++r, to += width) {
     widen(static_cast<const char*>(from) + r * stride, type, count, to);
     std::fill(to + count, to + width, 0.0f);

@@ -20,7 +20,7 @@ using namespace chunkcache;
 constexpr int kVersion = 3;  // of the arithmetic and of the arguments; as in library.py
 
 // Shapes come as (heads, folded, dim, value_dim, chunk, segment, scale, type); addresses and strides
-// as integers, strides in bytes. kernel.py checks them and says what the arrays hold.
+// as integers, strides in bytes. attention/native.py checks them and says what the arrays hold.
 #define SHAPE_FORMAT "(iiiiiifi)"
 #define SHAPE_FIELDS(s) &s.heads, &s.folded, &s.dim, &s.value_dim, &s.chunk, &s.segment, &s.scale, &s.type
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 
 import chunkcache
 from chunkcache.attention.partial import partial
@@ -84,18 +85,46 @@ def newer_switch():
         matmul.fp32_precision = before
 
 
+def test_a_change_that_is_taken_back_during_a_request_leaves_nothing_behind():
+    """Weights are other ones for a while, as when an adapter is tried: the name is the same again."""
+    model = build("llama", FULL_ATTENTION["llama"])
+    cached = wrapped(model)
+    run(cached, prompt(20), new=40)
+    undisturbed = cached.stats().chunks
+    cached.flush()
+    before, weight = cached._enter(), next(model.parameters())
+
+    class Meddler(LogitsProcessor):
+        calls = 0
+
+        def __call__(self, ids, scores):
+            self.calls += 1
+            if self.calls == 10:
+                kept = weight.detach().clone()
+                with torch.no_grad():
+                    weight.mul_(2)
+                    cached._enter()  # somebody else's request
+                    weight.copy_(kept)
+            return scores
+
+    run(cached, prompt(20), new=40, logits_processor=LogitsProcessorList([Meddler()]))
+    now = cached._enter()
+    assert now.name == before.name and now != before
+    assert cached.stats().chunks < undisturbed, "the answer was not stored"
+
+
 @pytest.mark.parametrize("switch", [older_switch, newer_switch])
 def test_another_matmul_precision_is_another_namespace_and_proved_anew(switch):
     cached = wrapped(tiny("llama"))
-    before, proof = cached._namespace(), cached.proof
+    before, proof = cached._enter().name, cached.proof
     with switch():
         cold = run(cached, prompt(70))
-        assert cached._namespace() != before
+        assert cached._enter().name != before
         assert cached.proof is not proof
         run(cached, prompt(90))
         assert same(run(cached, prompt(70)), cold)
         assert cached.last_reuse[0].cached_tokens >= kept(cached, 69)
-    assert cached._namespace() == before
+    assert cached._enter().name == before
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chunkcache.attention import choice
 from chunkcache.hf import linear
 from chunkcache.hf.linear import RowLinear, multiply, serve
 from chunkcache.native.library import libraries
@@ -15,8 +16,12 @@ from tests.models import DEVICE, FULL_ATTENTION, build, prompt, run, tiny, wrapp
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="compiled for processors")
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 LIBRARIES = libraries()[0]
-CASES = [(name, torch.float32) for name in LIBRARIES]
-CASES += [(name, torch.bfloat16) for name, library in LIBRARIES.items() if library.pairs()]
+PAIRS = pytest.mark.skipif(
+    not any(library.pairs() for library in LIBRARIES.values()),
+    reason="no pairs of bfloat16 on this processor, or a matrix unit that does them better",
+)
+CASES = [pytest.param(name, torch.float32) for name in LIBRARIES]
+CASES += [pytest.param("avx512bf16", torch.bfloat16, marks=PAIRS)]
 
 
 def numbers(*shape, dtype, seed=0):
@@ -50,7 +55,7 @@ def test_products_are_right_and_rows_do_not_see_each_other(name, dtype, data):
 @pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
 def test_threads_and_large_products_do_not_show(name, dtype):
     """Enough rows and columns that threads take blocks of several sizes."""
-    x, weight = numbers(1100, 96, dtype=dtype), numbers(700, 96, dtype=dtype, seed=1)
+    x, weight = numbers(1100, 530, dtype=dtype), numbers(700, 530, dtype=dtype, seed=1)
     whole, before = multiply(LIBRARIES[name], x, weight, None), torch.get_num_threads()
     try:
         for threads in (1, 3, 8, 40):
@@ -98,20 +103,20 @@ def test_only_plain_layers_are_served():
     modules = layers()
     modules["own"].forward = lambda x: x
     parameters = dict(modules.named_parameters())
-    assert serve(modules, "auto").startswith("native")
-    assert type(modules["plain"]) is RowLinear and modules["plain"].library
-    assert type(modules["odd"]) is RowLinear and modules["odd"].library
+    assert serve(modules).startswith("native")
+    assert type(modules["plain"]) is RowLinear and modules["plain"].serving
+    assert type(modules["odd"]) is RowLinear and modules["odd"].serving
     assert type(modules["adapter"]) is Adapter
     assert type(modules["own"]) is torch.nn.Linear
     assert all(tensor is parameters[name] for name, tensor in modules.named_parameters())
-    assert serve(modules, "torch") == "torch" and modules["plain"].library is None
+    assert serve(modules, compiled=False) == "torch" and modules["plain"].serving is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.bfloat16], ids=str)
 def test_types_without_code_stay_with_torch(dtype):
     modules = layers(dtype)
-    found = serve(modules, "auto")
-    assert modules["odd"].library is None, "33 bfloat16 are no whole pairs; others have no code"
+    found = serve(modules)
+    assert modules["odd"].serving is None, "33 bfloat16 are no whole pairs; others have no code"
     if dtype != torch.bfloat16:
         assert found == "torch"
     x = numbers(3, 33, dtype=dtype)
@@ -122,19 +127,88 @@ def test_types_without_code_stay_with_torch(dtype):
 def test_hooks_of_a_layer_are_kept():
     modules, seen = layers(), []
     modules["plain"].register_forward_hook(lambda *_: seen.append(1))
-    serve(modules, "auto")
+    serve(modules)
     modules["plain"](torch.zeros(1, 64))
     assert seen == [1]
 
 
 def test_wrong_inputs_are_torchs_errors():
     modules = layers()
-    serve(modules, "auto")
+    serve(modules)
     with pytest.raises(RuntimeError):
         modules["plain"](torch.zeros(2, 32))
     with pytest.raises(RuntimeError):
         modules["plain"](torch.zeros(2, 64, dtype=torch.float64))
     assert modules["plain"](torch.zeros(0, 64)).shape == (0, 32)
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
+def test_rows_that_are_far_apart(name, dtype, tmp_path):
+    """Strides beyond what 32 bits count, in a file that is nearly all hole."""
+    apart = 2**31 * 4 // dtype.itemsize // 5 + 2
+    far = torch.from_file(str(tmp_path / "hole"), shared=True, size=6 * apart, dtype=dtype)
+    rows = far.view(6, apart)[:, :64]
+    near = numbers(6, 64, dtype=dtype)
+    rows.copy_(near)
+    weight = numbers(40, 64, dtype=dtype, seed=1)
+    expected = multiply(LIBRARIES[name], near, weight, None)
+    assert torch.equal(multiply(LIBRARIES[name], rows, weight, None), expected)
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
+def test_rows_that_begin_anywhere(name, dtype):
+    near, weight = numbers(6, 64, dtype=dtype), numbers(40, 64, dtype=dtype, seed=1)
+    shifted = torch.zeros(6, 66, dtype=dtype)
+    shifted[:, 1:65] = near
+    expected = multiply(LIBRARIES[name], near, weight, None)
+    assert torch.equal(multiply(LIBRARIES[name], shifted[:, 1:65], weight, None), expected)
+
+
+@pytest.mark.skipif(not LIBRARIES, reason="no compiled module runs here")
+def test_changed_weights_are_not_read_wrongly():
+    modules, x = layers(), numbers(3, 64, dtype=torch.float32)
+    serve(modules)
+    layer = modules["plain"]
+    layer.weight.data = numbers(64, 32, dtype=torch.float32).t()  # the same shape, other strides
+    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(layer(x), expected)
+    layer.bias.data = layer.bias.data.to(torch.bfloat16)
+    with pytest.raises(RuntimeError):
+        layer(x)
+    with pytest.raises(ValueError, match="no product"):
+        multiply(next(iter(LIBRARIES.values())), x, layer.weight, layer.bias)
+
+
+def test_a_layer_may_be_served_anew_while_it_is_used(monkeypatch):
+    """Another thread's request may prove the model again between any two lines."""
+    modules, x, fits = layers(), numbers(3, 64, dtype=torch.float32), linear._fits
+    serve(modules)
+    expected = modules["plain"](x)
+
+    def interrupted(*tensors):
+        serve(modules, compiled=False)
+        return fits(*tensors)
+
+    monkeypatch.setattr(linear, "_fits", interrupted)
+    assert torch.equal(modules["plain"](x), expected)
+    assert modules["plain"].serving is None
+
+
+@pytest.mark.skipif(not LIBRARIES, reason="no compiled module runs here")
+def test_the_default_device_is_not_asked():
+    linear.best.cache_clear()
+    choice.best.cache_clear()
+    choice.sound.cache_clear()
+    with torch.device("meta"):
+        assert linear.best(torch.float32)
+        assert choice.best(torch.float32)[0]
+
+
+def test_layers_can_be_copied():
+    modules, x = layers(), numbers(3, 64, dtype=torch.float32)
+    serve(modules)
+    assert torch.equal(copy.deepcopy(modules)["plain"](x), modules["plain"](x))
+    assert RowLinear(4, 3)(torch.zeros(2, 4)).shape == (2, 3)
 
 
 def test_a_module_that_breaks_its_promise_is_not_used(monkeypatch):

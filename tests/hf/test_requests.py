@@ -239,9 +239,9 @@ def test_preload_names_pins_and_reports():
 
 def test_tenants_share_nothing():
     model = tiny("llama")
-    names = {wrapped(model, tenant=tenant)._namespace() for tenant in ("a", "b", "")}
+    names = {wrapped(model, tenant=tenant)._enter().name for tenant in ("a", "b", "")}
     assert len(names) == 3
-    assert wrapped(model, tenant="a")._namespace() == wrapped(model, tenant="a")._namespace()
+    assert wrapped(model, tenant="a")._enter().name == wrapped(model, tenant="a")._enter().name
 
 
 def test_misses_say_why():
