@@ -129,7 +129,7 @@ class Watch:
         pairs = zip(model.modules(), twin.modules(), strict=True)
         self._modules = [_Module(module, copied) for module, copied in pairs]
         self._tensors = [tensor for _, tensor in tensors_of(model)]
-        self._versions = [_version(tensor) for tensor in self._tensors]
+        self._places = self._where()
         self._views = [_sample(tensor) for tensor in self._tensors]
         self._values = self._read()
 
@@ -149,9 +149,16 @@ class Watch:
             raise ModelChangedError(
                 "settings, hooks or forwards of the model changed after wrapping; wrap it again"
             )
-        if [_version(tensor) for tensor in self._tensors] != self._versions:
-            return True
-        return not all(map(_same_bits, self._read(), self._values))
+        return not self.same_tensors()
+
+    def same_tensors(self) -> bool:
+        """Whether tensors are where and what they were: all that a running request depends on."""
+        if self._where() != self._places:
+            return False
+        return all(map(_same_bits, self._read(), self._values))
+
+    def _where(self) -> list[tuple[object, ...]]:
+        return [(tensor.data_ptr(), tensor.dtype, _version(tensor)) for tensor in self._tensors]
 
 
 class _Module:

@@ -134,8 +134,15 @@ class CachedModel:
         return Space(name, next(self._epochs))
 
     def _current(self) -> Space | None:
-        """The space that may be stored to: none after close()."""
-        return None if self._closed else self._enter()
+        """The space that may be stored to: none after close(), or when anything is not as it was.
+
+        The twin has settings and hooks of its own, so tensors and arithmetic are all that can change
+        under a running request; the next one looks at the rest.
+        """
+        with self._lock:
+            same = self.proof.arithmetic == arithmetic(self.model.device)
+            same = same and not self._closed and self._watch.same_tensors()
+            return self._space if same else None
 
     # -- generate
 
