@@ -4,9 +4,9 @@
 // multiply-adds. So a row's bits depend on the row and the weights alone, whatever the other rows are
 // and however many; which libraries do not promise, since they choose their code by the shape.
 //
-// Weights lie row by row, and a register tile wants them column by column. They are turned over a
-// panel of columns and a block of depth at a time, which costs less than a tenth of the products from
-// 64 rows up and vanishes behind the reading of the weights below.
+// Weights lie row by row, and a register tile wants them column by column. They are turned over, a panel
+// of columns and a block of depth at a time: a twentieth of the time of the products at 64 rows, and
+// hidden behind the reading of the weights at few.
 #pragma once
 
 #include <algorithm>
@@ -19,10 +19,10 @@
 
 namespace chunkcache {
 
-constexpr int kDepth = 256;       // units of depth in a block; decides bits
-constexpr int kMostRows = 512;    // of activations that share a turned panel; does not
-constexpr int kSmall = 1 << 17;   // products that take less time than calling threads together
-constexpr int kPanel = kColumns * kWidth;  // columns that are turned together; does not
+constexpr int kDepth = 256;  // units of depth in a block; decides bits, what follows does not
+constexpr int kMostRows = 512;             // of activations that share a turned panel
+constexpr int kPanel = kColumns * kWidth;  // columns that are turned together
+constexpr int kSmall = 1 << 17;            // multiplications that take less time than calling threads
 
 // Scratch memory of one thread.
 class LinearWorker {
@@ -53,7 +53,7 @@ struct Linear {
     while (width > kWidth && tasks(block, width) < 2 * threads) width /= 2;
     const int64_t panels = parts(columns, width);
     const bool small = count * depth * columns < kSmall;
-    return run<LinearWorker>(std::min(block, count), tasks(block, width), small ? 1 : threads, [&](LinearWorker& worker, int64_t i) {
+    const auto work = [&](LinearWorker& worker, int64_t i) {
       const int64_t begin = i / panels * block, first = i % panels * width;
       const int64_t later = (i + threads) % panels * width;  // what a thread is likely to take next
       const Part part{begin, std::min(count, begin + block), first, std::min(columns, first + width), later};
@@ -61,7 +61,8 @@ struct Linear {
         multiply<Single>(worker, part);
       else
         multiply<Pair>(worker, part);
-    });
+    };
+    return run<LinearWorker>(std::min(block, count), tasks(block, width), small ? 1 : threads, work);
   }
 
  private:

@@ -78,8 +78,8 @@ PyObject* linear(PyObject*, PyObject* args) {
   int type;
   long long row_stride, count, depth, weight_stride, columns, threads;
   unsigned long long rows, weights, bias, out;
-  if (!PyArg_ParseTuple(args, "iKLLLKLLKKL", &type, &rows, &row_stride, &count, &depth, &weights, &weight_stride, &columns,
-                        &bias, &out, &threads))
+  if (!PyArg_ParseTuple(args, "iKLLLKLLKKL", &type, &rows, &row_stride, &count, &depth, &weights, &weight_stride,
+                        &columns, &bias, &out, &threads))
     return nullptr;
   const int unit = 4;  // bytes
   job.type = type, job.rows = at<char>(rows), job.row_stride = row_stride / unit, job.count = count;

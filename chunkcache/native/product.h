@@ -58,8 +58,8 @@ inline void tile(const typename Op::Unit* a, int64_t lda, const typename Op::Uni
 }
 
 template <class Op, int R>
-inline void product(const typename Op::Unit* a, int64_t lda, const typename Op::Unit* b, int ldb, int depth, int columns,
-                    float* c, int64_t ldc, const float* scale) {
+inline void product(const typename Op::Unit* a, int64_t lda, const typename Op::Unit* b, int ldb, int depth,
+                    int columns, float* c, int64_t ldc, const float* scale) {
   int vectors = columns / kWidth, j = 0;
   for (; j + kColumns <= vectors; j += kColumns)
     tile<Op, R, kColumns>(a, lda, b + j * kWidth, ldb, depth, c + j * kWidth, ldc, scale);
@@ -68,8 +68,8 @@ inline void product(const typename Op::Unit* a, int64_t lda, const typename Op::
 
 // The product of the first min(rows, kRows) rows.
 template <class Op>
-inline void rows_product(int rows, const typename Op::Unit* a, int64_t lda, const typename Op::Unit* b, int ldb, int depth,
-                         int columns, float* c, int64_t ldc, const float* scale) {
+inline void rows_product(int rows, const typename Op::Unit* a, int64_t lda, const typename Op::Unit* b, int ldb,
+                         int depth, int columns, float* c, int64_t ldc, const float* scale) {
   switch (rows) {
     case 1: product<Op, 1>(a, lda, b, ldb, depth, columns, c, ldc, scale); break;
     case 2: product<Op, 2>(a, lda, b, ldb, depth, columns, c, ldc, scale); break;
