@@ -16,6 +16,7 @@ from chunkcache.config import Config
 from chunkcache.errors import (
     AlreadyWrappedError,
     ClosedError,
+    ModelChangedError,
     PoolExhaustedError,
     PromptError,
     PromptTooLongError,
@@ -309,6 +310,7 @@ class CachedModel:
         Raises:
             PromptError: shorter than a chunk, or not a prompt.
             PoolExhaustedError: the budget cannot hold it; nothing is pinned.
+            ModelChangedError: the model changed meanwhile; nothing is pinned.
         """
         self._check_usable()
         ids = self._ids(prompt)
@@ -324,6 +326,11 @@ class CachedModel:
         if len(ids) < unit:
             raise PromptError(f"{len(ids)} tokens were given; {unit} are the least that is stored")
         if stored < len(ids) - len(ids) % unit:
+            self._check_usable()
+            if self._current() != space:
+                raise ModelChangedError(
+                    "the model changed while the prompt was computed; preload it again"
+                )
             raise PoolExhaustedError(
                 f"only {stored} of {len(ids)} tokens fit: what else is stored is in use or pinned; "
                 "raise device_bytes or flush()"

@@ -24,7 +24,13 @@ constexpr int kVersion = 3;  // of the arithmetic and of the arguments; as in li
 #define SHAPE_FORMAT "(iiiiiifi)"
 #define SHAPE_FIELDS(s) &s.heads, &s.folded, &s.dim, &s.value_dim, &s.chunk, &s.segment, &s.scale, &s.type
 
-PyObject* answer(bool done) {
+// Runs work while other Python threads go on; it says whether there was memory enough.
+template <class Work>
+PyObject* unlocked(const Work& work) {
+  bool done;
+  Py_BEGIN_ALLOW_THREADS
+  done = work();
+  Py_END_ALLOW_THREADS
   if (!done) return PyErr_NoMemory();
   Py_RETURN_NONE;
 }
@@ -38,11 +44,7 @@ PyObject* prefill(PyObject*, PyObject* args) {
     return nullptr;
   job.query = at<char>(query), job.query_head = head, job.query_token = token, job.out = at<char>(out);
   job.tokens = tokens, job.start = start, job.blocks = at<Block>(blocks), job.count = count;
-  bool done;
-  Py_BEGIN_ALLOW_THREADS
-  done = job.attend(threads);
-  Py_END_ALLOW_THREADS
-  return answer(done);
+  return unlocked([&] { return job.attend(threads); });
 }
 
 PyObject* step(PyObject*, PyObject* args) {
@@ -56,11 +58,7 @@ PyObject* step(PyObject*, PyObject* args) {
   job.limits = at<int64_t>(limits), job.sources = at<Block>(sources), job.items = at<Item>(items);
   job.segments = at<int64_t>(segments), job.count = count, job.members = at<int64_t>(members);
   job.slots = at<int64_t>(slots), job.states = at<float>(states);
-  bool done;
-  Py_BEGIN_ALLOW_THREADS
-  done = job.attend(threads);
-  Py_END_ALLOW_THREADS
-  return answer(done);
+  return unlocked([&] { return job.attend(threads); });
 }
 
 // Floats of memory that the states of a step take: (shape, slots of all rows).
@@ -86,11 +84,7 @@ PyObject* linear(PyObject*, PyObject* args) {
   job.depth = depth * static_cast<int>(item_size(type)) / unit;
   job.weights = at<char>(weights), job.weight_stride = weight_stride / unit, job.columns = columns;
   job.bias = at<char>(bias), job.out = at<char>(out);
-  bool done;
-  Py_BEGIN_ALLOW_THREADS
-  done = job.multiply(threads);
-  Py_END_ALLOW_THREADS
-  return answer(done);
+  return unlocked([&] { return job.multiply(threads); });
 }
 
 // Whether linear() takes bfloat16 and nothing here would be faster at it.

@@ -85,6 +85,22 @@ def newer_switch():
         matmul.fp32_precision = before
 
 
+def test_a_change_during_a_preload_is_called_by_its_name():
+    model = build("llama", FULL_ATTENTION["llama"])
+    cached = wrapped(model)
+
+    def change(*_):
+        with torch.no_grad():
+            next(model.parameters()).mul_(1)  # the version counts, whatever the values
+
+    hook = cached._twin.register_forward_hook(change)
+    with pytest.raises(chunkcache.ModelChangedError, match="preload it again"):
+        cached.preload(prompt(40))
+    hook.remove()
+    assert cached.preload(prompt(40)) == 32
+    assert cached.stats().leased_chunks == 0
+
+
 def test_a_change_that_is_taken_back_during_a_request_leaves_nothing_behind():
     """Weights are other ones for a while, as when an adapter is tried: the name is the same again."""
     model = build("llama", FULL_ATTENTION["llama"])
