@@ -30,10 +30,9 @@ class Arena:
         return self._capacity * self.layout.chunk_bytes
 
     def layer(self, layer: int, chunks: int | None = None) -> KV:
-        """Views of the first chunks: keys `[n, heads, dim, chunk]`, values `[n, heads, chunk, dim]`."""
+        """Views of the first chunks of one layer (those in use): tensors `[n, ...]`."""
         count = self.used if chunks is None else chunks
-        keys, values = self._layers[layer]
-        return keys[:count], values[:count]
+        return tuple(tensor[:count] for tensor in self._layers[layer])
 
     def extend(self, chunks: int) -> range:
         """Appends zeroed chunks; returns their ids. Amortised O(chunks)."""
@@ -44,74 +43,49 @@ class Arena:
         return range(first, self.used)
 
     def _resize(self, capacity: int) -> None:
-        for index, (keys, values) in enumerate(self._layers):
+        for index, held in enumerate(self._layers):
             wider = self.layout.allocate_layer(index, capacity)
-            for old, new in zip((keys, values), wider, strict=True):
+            for old, new in zip(held, wider, strict=True):
                 new[: self.used].copy_(old[: self.used])
                 new[self.used :].zero_()  # masked rows must hold finite numbers
             self._layers[index] = wider
         self._capacity = capacity
 
-    def append(
-        self, layer: int, chunk: int, offset: int, keys: torch.Tensor, values: torch.Tensor
-    ) -> None:
+    def _by_token(self, layer: int) -> KV:
+        """Views of all memory of one layer, `[n, heads, chunk, width]`."""
+        return self.layout.layers[layer].by_token(self._layers[layer])
+
+    def append(self, layer: int, chunk: int, offset: int, *parts: torch.Tensor) -> None:
         """Writes one row's consecutive tokens, from `offset` of chunk `chunk` on into those behind it.
 
         Args:
-            keys: `[heads, tokens, dim]`; values: `[heads, tokens, value_dim]`.
+            parts: `[heads, tokens, width]`: keys, and values unless the layer is latent.
         """
-        size, tokens = self.layout.chunk_size, keys.shape[1]
-        all_keys, all_values = self._layers[layer]
-        done = 0
-        if offset:
-            done = min(size - offset, tokens)
-            end = offset + done
-            all_keys[chunk, :, :, offset:end] = keys[:, :done].transpose(1, 2)
-            all_values[chunk, :, offset:end] = values[:, :done]
-            chunk += 1
-        whole = (tokens - done) // size
-        if whole:
-            part = slice(done, done + whole * size)
-            heads, _, dim = keys.shape
-            block = keys[:, part].reshape(heads, whole, size, dim)
-            all_keys[chunk : chunk + whole] = block.permute(1, 0, 3, 2)
-            block = values[:, part].reshape(heads, whole, size, values.shape[-1])
-            all_values[chunk : chunk + whole] = block.permute(1, 0, 2, 3)
-            done += whole * size
-            chunk += whole
-        if done < tokens:
-            rest = tokens - done
-            all_keys[chunk, :, :, :rest] = keys[:, done:].transpose(1, 2)
-            all_values[chunk, :, :rest] = values[:, done:]
+        for held, part in zip(self._by_token(layer), parts, strict=True):
+            _write(held, chunk, offset, part)
 
     def append_step(
-        self,
-        layer: int,
-        chunks: torch.Tensor,
-        offsets: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        self, layer: int, chunks: torch.Tensor, offsets: torch.Tensor, *parts: torch.Tensor
     ) -> None:
         """Writes one token per row, at `offsets[row]` of chunk `chunks[row]`.
 
         Args:
-            keys: `[rows, heads, dim]`; values: `[rows, heads, value_dim]`.
+            parts: `[rows, heads, width]`: keys, and values unless the layer is latent.
         """
-        all_keys, all_values = self._layers[layer]
-        all_keys[chunks, :, :, offsets] = keys
-        all_values[chunks, :, offsets] = values
+        for held, part in zip(self._by_token(layer), parts, strict=True):
+            held[chunks, :, offsets] = part
 
     def copy_chunks(self, source: list[KV], first: int) -> None:
-        """Copies blocks of chunks (a pair per layer) to chunk `first` and behind."""
-        for (keys, values), (from_keys, from_values) in zip(self._layers, source, strict=True):
-            keys[first : first + len(from_keys)].copy_(from_keys)
-            values[first : first + len(from_values)].copy_(from_values)
+        """Copies blocks of chunks (a tuple of tensors per layer) to chunk `first` and behind."""
+        for held, other in zip(self._layers, source, strict=True):
+            for to, part in zip(held, other, strict=True):
+                to[first : first + len(part)].copy_(part)
 
     def clear_behind(self, chunk: int, offset: int) -> None:
         """Forgets the tokens of a chunk from `offset` on: they belong to somebody else's prompt."""
-        for keys, values in self._layers:
-            keys[chunk, :, :, offset:] = 0
-            values[chunk, :, offset:] = 0
+        for layer in range(len(self._layers)):
+            for held in self._by_token(layer):
+                held[chunk, :, offset:] = 0
 
     def select(self, ids: list[int]) -> Arena:
         """A new arena with copies of the named chunks, in that order (repeats allowed)."""
@@ -119,8 +93,23 @@ class Arena:
         other.extend(len(ids))
         index = torch.tensor(ids, dtype=torch.long, device=self.layout.device)
         for layer in range(len(self._layers)):
-            keys, values = self.layer(layer)
-            to_keys, to_values = other.layer(layer)
-            torch.index_select(keys, 0, index, out=to_keys)
-            torch.index_select(values, 0, index, out=to_values)
+            for held, to in zip(self.layer(layer), other.layer(layer), strict=True):
+                torch.index_select(held, 0, index, out=to)
         return other
+
+
+def _write(held: torch.Tensor, chunk: int, offset: int, part: torch.Tensor) -> None:
+    """Tokens `[heads, tokens, width]` into `[n, heads, chunk, width]`: a chunk begun, whole ones, a rest."""
+    size, (heads, tokens, width) = held.shape[2], part.shape
+    done = 0
+    if offset:
+        done = min(size - offset, tokens)
+        held[chunk, :, offset : offset + done] = part[:, :done]
+        chunk += 1
+    whole = (tokens - done) // size
+    if whole:
+        block = part[:, done : done + whole * size].reshape(heads, whole, size, width)
+        held[chunk : chunk + whole] = block.transpose(0, 1)
+        done += whole * size
+    if done < tokens:
+        held[chunk + whole, :, : tokens - done] = part[:, done:]

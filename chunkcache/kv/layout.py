@@ -1,7 +1,8 @@
 """The device layout of chunks.
 
-Per layer a block of n chunks is two tensors: keys `[n, kv_heads, head_dim, chunk]` (transposed, so
-that scores are a plain product) and values `[n, kv_heads, chunk, value_dim]`. Any block viewed as
+Per layer a block of n chunks is a tuple of tensors whose first dimension is chunks; how many and of
+what shape is the layer's affair. Attention keeps keys `[n, kv_heads, head_dim, chunk]` (transposed,
+so that scores are a plain product) and values `[n, kv_heads, chunk, value_dim]`. Any block viewed as
 `[n * kv_heads, ...]` is one batch for `torch.bmm`, whatever node, request or pool its chunks belong
 to; this is what lets phase 1 of a whole node be one call. Rejected: `[kv_heads, tokens, head_dim]`
 (a batch over chunks and heads is no view of it, and bf16 products repack the keys on each call:
@@ -10,56 +11,100 @@ to; this is what lets phase 1 of a whole node be one call. Rejected: `[kv_heads,
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 
-KV = tuple[torch.Tensor, torch.Tensor]
+KV = tuple[torch.Tensor, ...]
+
+
+class Layer(ABC):
+    """What one layer keeps of a token or of a chunk."""
+
+    @abstractmethod
+    def chunk_bytes(self, chunk_size: int, dtype: torch.dtype) -> int:
+        """Bytes per chunk."""
+
+    @abstractmethod
+    def allocate(
+        self, chunks: int, chunk_size: int, dtype: torch.dtype, device: torch.device
+    ) -> KV:
+        """Uninitialised memory for `chunks` chunks: tensors `[chunks, ...]`."""
+
+    @abstractmethod
+    def by_token(self, kv: KV) -> KV:
+        """Views that tokens are written through: `[n, heads, chunk, width]`, a part of a token each."""
 
 
 @dataclass(frozen=True)
-class LayerShape:
-    """What one layer keeps per token: `kv_heads` keys of `head_dim` and values of `value_dim`."""
+class LayerShape(Layer):
+    """Attention: `kv_heads` keys of `head_dim` and values of `value_dim` per token.
+
+    Of a latent layer (MLA in its absorbed form) only keys are kept: its values are their first
+    `value_dim` numbers.
+
+    Raises:
+        ValueError: values of a latent layer are wider than its keys.
+    """
 
     kv_heads: int
     head_dim: int
     value_dim: int
+    latent: bool = False
 
-    @property
-    def width(self) -> int:
-        """Numbers per token."""
-        return self.kv_heads * (self.head_dim + self.value_dim)
+    def __post_init__(self) -> None:
+        if self.latent and self.value_dim > self.head_dim:
+            raise ValueError(f"latent values of {self.value_dim} in keys of {self.head_dim}")
+
+    def chunk_bytes(self, chunk_size: int, dtype: torch.dtype) -> int:
+        """As the base class says."""
+        numbers = self.head_dim + (0 if self.latent else self.value_dim)
+        return self.kv_heads * numbers * dtype.itemsize * chunk_size
+
+    def allocate(
+        self, chunks: int, chunk_size: int, dtype: torch.dtype, device: torch.device
+    ) -> KV:
+        """Keys, and values unless the layer is latent."""
+        keys = (chunks, self.kv_heads, self.head_dim, chunk_size)
+        values = (chunks, self.kv_heads, chunk_size, self.value_dim)
+        shapes = (keys,) if self.latent else (keys, values)
+        return tuple(torch.empty(shape, dtype=dtype, device=device) for shape in shapes)
+
+    def by_token(self, kv: KV) -> KV:
+        """As the base class says."""
+        return (kv[0].transpose(2, 3), *kv[1:])
 
 
 @dataclass(frozen=True)
 class ChunkLayout:
-    """Shapes, type and place of the chunks of one model."""
+    """Shapes, type and place of the chunks of one model; without layers there are only tokens."""
 
-    layers: tuple[LayerShape, ...]
+    layers: tuple[Layer, ...]
     chunk_size: int
     dtype: torch.dtype
     device: torch.device
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token's KV over all layers."""
-        return sum(layer.width for layer in self.layers) * self.dtype.itemsize
+        """Bytes of one token over all layers."""
+        return self.chunk_bytes // self.chunk_size
 
     @property
     def chunk_bytes(self) -> int:
         """Bytes of one chunk over all layers."""
-        return self.token_bytes * self.chunk_size
+        return sum(layer.chunk_bytes(self.chunk_size, self.dtype) for layer in self.layers)
+
+    def attention(self, layer: int) -> LayerShape:
+        """The shape of a layer that is attended to."""
+        shape = self.layers[layer]
+        assert isinstance(shape, LayerShape), f"layer {layer} keeps no keys"
+        return shape
 
     def allocate_layer(self, layer: int, chunks: int) -> KV:
         """Uninitialised memory for `chunks` chunks of one layer."""
-        shape = self.layers[layer]
-        keys = (chunks, shape.kv_heads, shape.head_dim, self.chunk_size)
-        values = (chunks, shape.kv_heads, self.chunk_size, shape.value_dim)
-        return (
-            torch.empty(keys, dtype=self.dtype, device=self.device),
-            torch.empty(values, dtype=self.dtype, device=self.device),
-        )
+        return self.layers[layer].allocate(chunks, self.chunk_size, self.dtype, self.device)
 
     def allocate(self, chunks: int) -> list[KV]:
-        """Uninitialised memory for `chunks` chunks, a pair of tensors per layer."""
+        """Uninitialised memory for `chunks` chunks, a tuple of tensors per layer."""
         return [self.allocate_layer(layer, chunks) for layer in range(len(self.layers))]

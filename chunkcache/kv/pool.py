@@ -4,6 +4,9 @@ The pool grows slab by slab, never by copying, so growth does not double the pea
 free chunks are kept as maximal ranges, in one sorted list by length (best fit) and two dicts by
 their ends (merging neighbours), so that allocating and freeing cost O(log n). A run is a range of
 one slab: splitting it is arithmetic on two numbers.
+
+A model without attention layers has chunks without KV: the state it resumes from is a snapshot's.
+Each still costs its token ids in the tree, and counts as these, so that the number is bounded.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from chunkcache.errors import ConfigError
 from chunkcache.kv.layout import KV, ChunkLayout
 
 SLAB_BYTES = 256 * 2**20
+_ID_BYTES = 4  # what the tree keeps of a token
 
 
 class PoolRun:
@@ -45,10 +49,9 @@ class PoolRun:
         return head, rest
 
     def layer(self, layer: int) -> KV:
-        """Views of one layer: keys `[count, heads, dim, chunk]`, values `[count, heads, chunk, dim]`."""
-        keys, values = self.pool.slab_layer(self.slab, layer)
+        """Views of one layer: its tensors as the layout has them, `[count, ...]` each."""
         end = self.start + self.count
-        return keys[self.start : end], values[self.start : end]
+        return tuple(part[self.start : end] for part in self.pool.slab_layer(self.slab, layer))
 
 
 class Pool:
@@ -60,13 +63,14 @@ class Pool:
 
     def __init__(self, layout: ChunkLayout, budget: int, slab_bytes: int = SLAB_BYTES):
         self.layout = layout
-        self.capacity = budget // layout.chunk_bytes
+        self.chunk_bytes = layout.chunk_bytes or _ID_BYTES * layout.chunk_size
+        self.capacity = budget // self.chunk_bytes
         if self.capacity < 1:
             raise ConfigError(
                 f"device_bytes is {budget}, but one chunk of {layout.chunk_size} tokens of this "
-                f"model takes {layout.chunk_bytes} bytes"
+                f"model takes {self.chunk_bytes} bytes"
             )
-        self._slab_chunks = max(1, min(self.capacity, slab_bytes // layout.chunk_bytes or 1))
+        self._slab_chunks = max(1, min(self.capacity, slab_bytes // self.chunk_bytes or 1))
         self._slabs: list[list[KV]] = []
         self._sizes: list[int] = []
         self._free: SortedList = SortedList()  # (length, slab, start)
@@ -78,12 +82,17 @@ class Pool:
     @property
     def used_bytes(self) -> int:
         """Bytes of the chunks handed out."""
-        return self.used * self.layout.chunk_bytes
+        return self.used * self.chunk_bytes
 
     @property
     def reserved_bytes(self) -> int:
         """Bytes of all slabs, used or not."""
-        return sum(self._sizes) * self.layout.chunk_bytes
+        return sum(self._sizes) * self.chunk_bytes
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Bytes of the chunks that fit."""
+        return self.capacity * self.chunk_bytes
 
     @property
     def available(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from chunkcache.kv.pool import PoolRun
@@ -36,3 +37,19 @@ class Sequence:
         """How many chunks the tail lacks to take `tokens` more tokens."""
         need = self.length - self.shared_tokens + tokens
         return max(0, -(-need // self.chunk_size) - len(self.tail))
+
+
+def cut(runs: Iterable[PoolRun], chunks: int) -> tuple[list[PoolRun], list[PoolRun]]:
+    """The first `chunks` chunks of consecutive runs, and the rest."""
+    head, rest = [], []
+    for run in runs:
+        if chunks >= len(run):
+            head.append(run)
+        elif chunks > 0:
+            first, second = run.split(chunks)
+            head.append(first)
+            rest.append(second)
+        else:
+            rest.append(run)
+        chunks -= min(chunks, len(run))
+    return head, rest

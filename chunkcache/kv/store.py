@@ -1,61 +1,115 @@
-"""Stored prefixes of one model: a tree per namespace over one pool, and what happens under pressure."""
+"""Stored prefixes of one model: a tree per namespace over one pool, and what happens under pressure.
+
+Chunks and snapshots have a budget each, because the pool never gives slabs back: memory that one
+kind frees is of no use to the other.
+
+A tree lives as long as it holds a chunk or a snapshot, or somebody holds the tree (a lease does).
+So thousands of namespaces may come and go, and a look-up leaves nothing behind. The last few trees
+that became empty stay a while, since they remember why a prefix is missing.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from threading import RLock
+from weakref import WeakValueDictionary
 
 from chunkcache.kv.layout import KV, ChunkLayout
 from chunkcache.kv.pool import Pool, PoolRun
-from chunkcache.tree import LFU, LRU, Inserted, Lease, Policy, PrefixTree, Run
+from chunkcache.tree import (
+    LFU,
+    LRU,
+    Inserted,
+    Lease,
+    Policy,
+    PrefixTree,
+    Run,
+    Snapshot,
+    SnapshotOrder,
+)
 
 Blocks = Callable[[int, int], list[KV]]
 _POLICIES: dict[str, type[Policy]] = {"lru": LRU, "lfu": LFU}
+_EMPTIED = 16  # empty trees that are kept to explain misses
 
 
 @dataclass
 class Flow:
-    """Chunks that came and went."""
+    """Chunks and snapshots that came and went; `refused`: found no room."""
 
     stored: int = 0
     evicted: int = 0
     refused: int = 0
+    snapshots_stored: int = 0
+    snapshots_evicted: int = 0
+    snapshots_refused: int = 0
 
 
 class PrefixStore:
-    """Finds, keeps and drops chunks; the only place where tree and pool meet.
+    """Finds, keeps and drops chunks and snapshots; the only place where tree and pool meet.
 
     Thread-safe: one lock for all trees, because an insert into one may evict from another.
+
+    Args:
+        budget: bytes of chunks; snapshot_budget: bytes of snapshots, over all namespaces.
 
     Raises:
         ConfigError: `budget` is smaller than one chunk.
     """
 
-    def __init__(self, layout: ChunkLayout, budget: int, policy: str = "lru"):
+    def __init__(
+        self, layout: ChunkLayout, budget: int, policy: str = "lru", snapshot_budget: int = 0
+    ):
         self.layout = layout
         self.pool = Pool(layout, budget)
         self.flow = Flow()
         self._policy = policy
-        self._trees: dict[bytes, PrefixTree] = {}
+        self._order = SnapshotOrder(snapshot_budget)
+        self._alive: WeakValueDictionary[bytes, PrefixTree] = WeakValueDictionary()
+        self._filled: dict[bytes, PrefixTree] = {}  # exactly the trees that hold something
+        self._emptied: deque[PrefixTree] = deque(maxlen=_EMPTIED)
         self._lock = RLock()
 
     def tree(self, namespace: bytes) -> PrefixTree:
-        """The tree of a namespace, made when first asked for."""
+        """The tree of a namespace; a new one lives only while somebody holds or fills it."""
         with self._lock:
-            if namespace not in self._trees:
-                self._trees[namespace] = PrefixTree(
+            tree = self._alive.get(namespace)
+            if tree is None:
+                tree = self._alive[namespace] = PrefixTree(
                     self.layout.chunk_size,
                     _POLICIES[self._policy](),
-                    on_evict=self._freed,
+                    on_evict=partial(self._freed, namespace),
                     lock=self._lock,
+                    on_drop=partial(self._dropped, namespace),
+                    snapshot_order=self._order,
                 )
-            return self._trees[namespace]
+            return tree
 
-    def _freed(self, run: Run) -> None:
+    def _freed(self, namespace: bytes, run: Run) -> None:
         assert isinstance(run, PoolRun)
         self.pool.free(run)
         self.flow.evicted += len(run)
+        self._settle(namespace)
+
+    def _dropped(self, namespace: bytes, snapshot: Snapshot) -> None:
+        self.flow.snapshots_evicted += 1
+        self._settle(namespace)
+
+    def _settle(self, namespace: bytes) -> None:
+        """Keep a tree that holds something; let go of one that has become empty."""
+        tree = self._alive[namespace]
+        if tree.chunks or tree.snapshots:
+            self._filled[namespace] = tree
+        elif self._filled.pop(namespace, None) is not None:
+            self._forget(tree)
+            self._emptied.append(tree)
+
+    def _forget(self, tree: PrefixTree) -> None:
+        if tree in self._emptied:
+            self._emptied.remove(tree)
 
     def lease(self, namespace: bytes, tokens: list[int], limit: int) -> Lease:
         """Holds the longest stored prefix of at most `limit` tokens."""
@@ -78,8 +132,9 @@ class PrefixStore:
         """Stores the whole chunks of `tokens`.
 
         Args:
-            blocks: gives chunks `first` .. `first + count` of the sequence, a pair per layer; asked
-                only for what is not stored yet.
+            blocks: gives chunks `first` .. `first + count` of the sequence, per layer as many
+                tensors as the layout has there, chunks first; asked only for what is not stored
+                yet.
 
         Under pressure the least valuable unleased chunks leave; if none may, what fits is stored.
         """
@@ -90,54 +145,85 @@ class PrefixStore:
                 self.flow.refused += count
                 return None
             try:
-                for layer, (keys, values) in enumerate(blocks(first, len(run))):
-                    to_keys, to_values = run.layer(layer)
-                    to_keys.copy_(keys)
-                    to_values.copy_(values)
+                layers = range(len(self.layout.layers))
+                for layer, block in zip(layers, blocks(first, len(run)), strict=True):
+                    for stored, computed in zip(run.layer(layer), block, strict=True):
+                        stored.copy_(computed)
             except BaseException:  # a device out of memory, say: no tree knows the run yet
                 self.pool.free(run)
                 raise
             self.flow.stored += len(run)
             return run
 
-        return self.tree(namespace).insert(tokens, make_run, name=name, pin=pin, ttl=ttl)
+        with self._lock:
+            tree = self.tree(namespace)
+            try:
+                return tree.insert(tokens, make_run, name=name, pin=pin, ttl=ttl)
+            finally:
+                self._settle(namespace)
 
     def _room(self, namespace: bytes, count: int) -> PoolRun | None:
         lacking = count - self.pool.available
         if lacking > 0:
-            for other, tree in list(self._trees.items()):
-                if other != namespace and lacking > 0:
+            for other, tree in list(self._filled.items()):
+                if other != namespace and lacking > 0 and tree.chunks:
                     lacking -= tree.evict(lacking)
             if lacking > 0:
                 self.tree(namespace).evict(lacking)
         return self.pool.allocate(count) if self.pool.available else None
 
+    def keep(self, namespace: bytes, tokens: list[int], position: int, snapshot: Snapshot) -> bool:
+        """Stores a snapshot of the state after `position` tokens; whether it is stored now.
+
+        The chunks before it must be stored; at position 0 none are needed. False as well if there
+        is one already, or no room: the least recently used of all namespaces leave, but if too much
+        is pinned (or the snapshot exceeds the whole budget), nothing leaves and it is refused.
+        """
+        with self._lock:
+            tree = self.tree(namespace)
+            try:
+                kept = tree.keep(tokens, position, snapshot)
+            finally:
+                self._settle(namespace)
+            self.flow.snapshots_stored += kept
+            self.flow.snapshots_refused = self._order.refused
+            return kept
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Bytes of the snapshots stored."""
+        return self._order.bytes
+
     def drop(self, namespace: bytes) -> int:
         """Forgets a namespace as far as nobody holds it; returns the chunks freed."""
         with self._lock:
-            tree = self._trees.get(namespace)
+            tree = self._alive.get(namespace)
             if tree is None:
                 return 0
             freed = tree.clear()
-            if not tree.chunks:
-                del self._trees[namespace]
+            self._forget(tree)
             return freed
 
     def close(self) -> None:
         """Drops all trees and gives the pool's memory back as far as nobody holds it."""
         with self._lock:
-            for namespace in list(self._trees):
+            for namespace in list(self._filled):
                 self.drop(namespace)
+            self._emptied.clear()
             self.pool.release()
 
     def trees(self) -> list[PrefixTree]:
-        """All trees."""
+        """All trees that hold something."""
         with self._lock:
-            return list(self._trees.values())
+            return list(self._filled.values())
 
     def check(self) -> None:
-        """Walks trees and pool; every chunk in use belongs to exactly one tree."""
-        for tree in self.trees():
-            tree.check()
-        self.pool.check()
-        assert sum(tree.chunks for tree in self.trees()) == self.pool.used
+        """Walks trees and pool; every chunk and snapshot belongs to exactly one tree."""
+        with self._lock:
+            for tree in self._alive.values():
+                tree.check()
+            filled = {name for name, tree in self._alive.items() if tree.chunks or tree.snapshots}
+            assert filled == set(self._filled), "a tree that holds something is not kept"
+            self.pool.check()
+            assert sum(tree.chunks for tree in self.trees()) == self.pool.used
+            assert sum(tree.snapshot_bytes for tree in self.trees()) == self._order.bytes

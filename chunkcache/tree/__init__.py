@@ -1,4 +1,4 @@
-"""The prefix tree: keys, nodes, leases, eviction policies. Imports no torch."""
+"""The prefix tree: keys, nodes, leases, snapshots, eviction policies. Imports no torch."""
 
 from chunkcache.errors import InvalidTokensError
 from chunkcache.tree.keys import TOKEN_BYTES, common_prefix, pack, unpack
@@ -6,6 +6,7 @@ from chunkcache.tree.lease import Lease
 from chunkcache.tree.node import Inserted, Match, Miss, Node, Piece, Run
 from chunkcache.tree.policies import LFU, LRU, Policy, Priority
 from chunkcache.tree.prefix_tree import PrefixTree
+from chunkcache.tree.snapshots import Resume, Snapshot, SnapshotOrder
 
 __all__ = [
     "LFU",
@@ -21,7 +22,10 @@ __all__ = [
     "Policy",
     "PrefixTree",
     "Priority",
+    "Resume",
     "Run",
+    "Snapshot",
+    "SnapshotOrder",
     "common_prefix",
     "pack",
     "unpack",

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from chunkcache.tree.ghosts import digest
+from chunkcache.tree.keys import TOKEN_BYTES
 from chunkcache.tree.node import NEVER, Node
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def check(tree: View) -> None:
     _check_order(tree, nodes, findings)
     _check_lifetimes(tree, nodes, findings)
     _check_ghosts(tree, nodes, findings)
+    _check_snapshots(tree, nodes, findings)
     if findings.found:
         raise AssertionError("\n".join([*findings.found, "tree:", *dump(nodes)]))
 
@@ -87,6 +89,8 @@ def _check_holds(tree: View, nodes: list[Node], findings: _Findings) -> None:
         if node.parent is not None:
             leases[node.parent.serial] += node.leases
             pins[node.parent.serial] += node.pins
+    root = tree._structure.root
+    findings.equal(root.pins, pins[root.serial], "pins", root)
 
 
 def _check_counters(tree: View, nodes: list[Node], findings: _Findings) -> None:
@@ -139,3 +143,37 @@ def _check_ghosts(tree: View, nodes: list[Node], findings: _Findings) -> None:
             stored = {digest(key) for key in node.children}
             findings.expect(stored.isdisjoint(node._ghosts), "ghost of a stored chunk", node)
     findings.equal(set(ghosts.entries), real, "ghosts")
+
+
+def _check_snapshots(tree: View, nodes: list[Node], findings: _Findings) -> None:
+    kept, order = tree._structure.snapshots, tree._structure.snapshots.order
+    with_some = [n for n in [tree._structure.root, *nodes] if n._snapshots is not None]
+    entries = [entry for node in with_some for entry in node._snapshots or ()]
+    for node in with_some:
+        _check_snapshots_of(tree, node, findings)
+    findings.equal(kept.count, len(entries), "snapshots")
+    findings.equal(kept.bytes, sum(entry.bytes for entry in entries), "snapshot bytes")
+    mine = [key for key in order.entries if key[-1].owner is kept]
+    real = sorted(entry.key for entry in entries if entry.key is not None)
+    findings.equal(mine, real, "order of snapshots")
+    findings.equal(
+        order.evictable_bytes, sum(k[-1].bytes for k in order.entries), "evictable bytes"
+    )
+    findings.expect(order.evictable_bytes <= order.bytes <= order.budget, "bytes and budget")
+
+
+def _check_snapshots_of(tree: View, node: Node, findings: _Findings) -> None:
+    entries, size = node._snapshots or [], tree._structure.chunk_bytes // TOKEN_BYTES
+    findings.expect(bool(entries), "empty snapshots", node)
+    end = node.start + node.token_count
+    for entry in entries:
+        at = entry.position
+        inside = node.start < at <= end or at == end == 0
+        findings.expect(inside and at % size == 0, f"{entry!r} is elsewhere", node)
+        mine = entry.node is node and entry.owner is tree._structure.snapshots
+        findings.expect(mine, f"{entry!r} is another's", node)
+        findings.expect(entry.saves > 0 and (not at or entry.saves <= at), f"{entry!r}", node)
+        stays = node.pins > 0 and entry is entries[-1]
+        findings.equal(entry.key, None if stays else entry.rank, "place of a snapshot", node)
+    for first, second in pairwise(entries):
+        findings.equal(second.saves, second.position - first.position, "tokens saved", node)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from chunkcache.errors import ReleasedLeaseError
 from chunkcache.tree.node import Match, Node, Piece
+from chunkcache.tree.snapshots import Resume
 
 if TYPE_CHECKING:
     from chunkcache.tree.prefix_tree import PrefixTree
@@ -55,10 +56,22 @@ class Lease:
 
         Raises ReleasedLeaseError after `release`.
         """
+        return self._held()._pieces(self)
+
+    def snapshot(self, limit: int | None = None) -> Resume | None:
+        """The deepest snapshot at or before `limit`, within the matched tokens; None: no such one.
+
+        Counts as a use of that snapshot: asking under a lease means to resume from it. Who only
+        wants to know asks `PrefixTree.snapshot_at`. The lease does not hold it, the reference
+        does. O(depth + log). Raises ReleasedLeaseError after `release`.
+        """
+        return self._held()._resume(self, limit)
+
+    def _held(self) -> PrefixTree:
         tree = self._tree
         if tree is None:
             raise ReleasedLeaseError("this lease was released; its KV may be gone")
-        return tree._pieces(self)
+        return tree
 
     def release(self) -> None:
         """Let go; again does nothing. O(depth)."""

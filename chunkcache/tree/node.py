@@ -11,13 +11,16 @@ head would keep the whole prompt alive).
 from __future__ import annotations
 
 import enum
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from sortedcontainers import SortedList
 
 from chunkcache.tree.keys import TOKEN_BYTES, common_prefix, unpack
+
+if TYPE_CHECKING:
+    from chunkcache.tree.snapshots import Entry
 
 NEVER = float("inf")  # the deadline of what does not expire
 
@@ -63,9 +66,9 @@ class Node:
     """
 
     __slots__ = (
-        "_entry", "_ghosts", "_names", "_order", "_overdue", "_pins", "children", "chunks",
-        "created", "data", "deadline", "hit_tokens", "hits", "last_used", "leases", "parent",
-        "pins", "priority", "run", "serial", "start", "tick",
+        "_entry", "_ghosts", "_names", "_order", "_overdue", "_pins", "_snapshots", "children",
+        "chunks", "created", "data", "deadline", "hit_tokens", "hits", "last_used", "leases",
+        "parent", "pins", "priority", "run", "serial", "start", "tick",
     )  # fmt: skip
 
     def __init__(
@@ -87,6 +90,7 @@ class Node:
         self._ghosts: dict[bytes, Miss] | None = None  # first chunks that left from under it
         self._names: tuple[str, ...] = ()
         self._pins: dict[str | None, Any] | None = None  # pins that end here
+        self._snapshots: list[Entry] | None = None  # by position
         self._overdue = False  # expired while leased: leaves with its last lease
 
     @property
@@ -108,6 +112,16 @@ class Node:
     def names(self) -> tuple[str, ...]:
         """Names of the prompts that end here."""
         return self._names
+
+    @property
+    def snapshots(self) -> int:
+        """Snapshots at positions inside this node or at its end. O(1)."""
+        return len(self._snapshots or ())
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Bytes of these snapshots. O(snapshots)."""
+        return sum(entry.bytes for entry in self._snapshots or ())
 
     @property
     def expires(self) -> float | None:

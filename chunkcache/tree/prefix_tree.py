@@ -1,8 +1,9 @@
 """The prefix tree: which prefixes of a prompt have stored KV, and who leaves when memory is short.
 
-One tree a namespace, for all layers. This module is the public face: a lock, a clock, the walk, and
-inserts. view.py shows the tree, structure.py keeps links and counters, lifetimes.py pins and time
-to live, ghosts.py why things are missing. Look-ups are by token bytes; hashes never decide.
+One tree a namespace, for all layers. This module is the public face: a lock, a clock, and inserts.
+walk.py follows a prompt, view.py shows the tree, structure.py keeps links and counters, snapshots.py
+states that lie beside the chunks, lifetimes.py pins and time to live, ghosts.py why things are
+missing. Look-ups are by token bytes; hashes never decide.
 
 Rejected: a flat map of chained chunk hashes (vLLM: no longest match inside a chunk, eviction may
 strand children, equality rests on the hash), splitting and touching in `match` (a look-up that
@@ -15,36 +16,20 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from chunkcache.errors import RunLengthError
 from chunkcache.tree.keys import TOKEN_BYTES, common_prefix, pack
 from chunkcache.tree.lease import Growing, Lease
 from chunkcache.tree.lifetimes import Lifetimes, seconds_of
-from chunkcache.tree.node import (
-    Inserted,
-    Match,
-    Miss,
-    Node,
-    Piece,
-    Run,
-    climb,
-    nearest,
-    pieces_to,
-)
+from chunkcache.tree.node import Inserted, Match, Miss, Node, Piece, Run, climb, pieces_to
 from chunkcache.tree.policies import LRU, Policy
+from chunkcache.tree.snapshots import Resume, Snapshot, SnapshotOrder, Snapshots
 from chunkcache.tree.structure import Structure
 from chunkcache.tree.view import View
+from chunkcache.tree.walk import find, walk
 
 MakeRun = Callable[[int, int], Run | None]
-
-
-class _Stop(NamedTuple):
-    """Where a walk ended: the deepest node that shares a token, the tokens shared, and why."""
-
-    node: Node
-    tokens: int
-    reason: Miss
 
 
 class PrefixTree(View):
@@ -54,6 +39,10 @@ class PrefixTree(View):
     `touch` is the order in which a request's path gets its use ticks: "leaf_first" (the tail is
     older than the head) or "root_first". `ghosts` bounds the memory that explains misses. Trees that
     share memory must share a `lock`, since an insert into one may evict from another.
+
+    `on_drop(snapshot)` is told of every snapshot that leaves, as `on_evict` of runs. Trees with one
+    budget for their snapshots share a `snapshot_order` as well; otherwise a tree has its own,
+    without a limit.
 
     >>> tree = PrefixTree(chunk_size=2)
     >>> class Chunks(list):
@@ -79,6 +68,8 @@ class PrefixTree(View):
         touch: Literal["leaf_first", "root_first"] = "leaf_first",
         ghosts: int = 65_536,
         lock: threading.RLock | None = None,
+        on_drop: Callable[[Snapshot], object] | None = None,
+        snapshot_order: SnapshotOrder | None = None,
     ) -> None:
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
@@ -88,7 +79,8 @@ class PrefixTree(View):
         self.touch = touch
         self._clock = clock
         self._lock = lock or threading.RLock()
-        self._structure = Structure(chunk_size, policy or LRU(), on_evict, ghosts)
+        snapshots = Snapshots(snapshot_order or SnapshotOrder(), on_drop)
+        self._structure = Structure(chunk_size, policy or LRU(), on_evict, ghosts, snapshots)
         self._lifetimes = Lifetimes(self._structure)
         self._open: set[Lease | Growing] = set()
 
@@ -101,7 +93,7 @@ class PrefixTree(View):
         """
         data = pack(tokens)
         with self._lock:
-            stop = self._walk(data, self._end(data, limit), self._clock())
+            stop = walk(self._structure, data, self._end(data, limit), self._clock())
             return Match(stop.tokens, pieces_to(stop.node, stop.tokens), stop.reason, stop.node)
 
     def lease(self, tokens: Any, limit: int | None = None, *, count: bool = True) -> Lease:
@@ -115,7 +107,7 @@ class PrefixTree(View):
         with self._lock:
             now = self._clock()
             self._lifetimes.expire(now)
-            stop = self._walk(data, self._end(data, limit), now)
+            stop = walk(self._structure, data, self._end(data, limit), now)
             node = self._upper(stop.node, -(-(stop.tokens - stop.node.start) // self.chunk_size))
             match = Match(stop.tokens, pieces_to(node, stop.tokens), stop.reason, node)
             lease = Lease(self, match)
@@ -132,47 +124,6 @@ class PrefixTree(View):
     def _end(self, data: bytes, limit: int | None) -> int:
         return len(data) if limit is None else min(len(data), max(0, limit) * TOKEN_BYTES)
 
-    def _walk(self, data: bytes, end: int, now: float) -> _Stop:
-        """Follow `data` to byte `end`; expired nodes count as gone."""
-        size = self._structure.chunk_bytes
-        node, at = self._structure.root, 0
-        while at < end:
-            child = node.children.get(data[at : at + size])
-            if child is None or child.deadline <= now:
-                return self._leave(node, child, data, at, end, now)
-            if at + len(child.data) > end or not data.startswith(child.data, at):
-                return self._inside(child, data, at, end)
-            node, at = child, at + len(child.data)
-        return _Stop(node, at // TOKEN_BYTES, Miss.NONE)
-
-    def _leave(
-        self, node: Node, gone: Node | None, data: bytes, at: int, end: int, now: float
-    ) -> _Stop:
-        """End a walk at a chunk border: a neighbour may still share part of the next chunk."""
-        size = self._structure.chunk_bytes
-        near, shared = nearest(node, data[at : min(end, at + size)], now)
-        tokens = at // TOKEN_BYTES + shared
-        chunk = data[at : at + size]
-        if tokens * TOKEN_BYTES == end:
-            reason = Miss.NONE
-        elif gone is not None:
-            reason = Miss.EXPIRED
-        elif len(chunk) < size:
-            reason = Miss.TOO_SHORT
-        else:
-            reason = self._structure.ghosts.reason(node, chunk) or Miss.NEVER_SEEN
-        return _Stop(node if near is None else near, tokens, reason)
-
-    def _inside(self, child: Node, data: bytes, at: int, end: int) -> _Stop:
-        """End a walk inside a node's run."""
-        start, left = at // TOKEN_BYTES, (end - at) // TOKEN_BYTES
-        shared = common_prefix(data, start, child.data, 0, left)
-        if shared == left:
-            return _Stop(child, start + shared, Miss.NONE)
-        border = start + shared // self.chunk_size * self.chunk_size
-        short = len(data) // TOKEN_BYTES - border < self.chunk_size
-        return _Stop(child, start + shared, Miss.TOO_SHORT if short else Miss.NEVER_SEEN)
-
     def _upper(self, node: Node, chunks: int) -> Node:
         """Return a node that ends after `chunks` of this one's chunks, by splitting if need be."""
         if chunks == node.chunks:
@@ -185,6 +136,16 @@ class PrefixTree(View):
     def _pieces(self, lease: Lease) -> tuple[Piece, ...]:
         with self._lock:
             return pieces_to(lease.node, lease.tokens)
+
+    def _resume(self, lease: Lease, limit: int | None) -> Resume | None:
+        end = lease.tokens if limit is None else min(limit, lease.tokens)
+        snapshots = self._structure.snapshots
+        with self._lock:
+            entry = snapshots.deepest(lease.node, end)
+            if entry is None:
+                return None
+            snapshots.use(entry)
+            return Resume(entry.position, entry.snapshot)
 
     def _release(self, lease: Lease) -> None:
         with self._lock:
@@ -296,6 +257,62 @@ class PrefixTree(View):
             hold.node, at = child, at + len(child.data)
         return at
 
+    # -- snapshots
+
+    def keep(self, tokens: Any, position: int, snapshot: Snapshot) -> bool:
+        """Attach a snapshot to the stored prefix of exactly `position` tokens; whether it was.
+
+        False if so much of `tokens` is not stored, if a snapshot is there already (the old one
+        stays and counts as used), or if a budget leaves no room. `position` is a multiple of
+        chunk_size; 0 is the state before the first token, which needs nothing stored. It leaves
+        with the chunk that ends there, at the latest. Runtime complexity: `match` plus O(log).
+
+        >>> class State(bytearray):
+        ...     bytes = property(len)
+        >>> tree = PrefixTree(chunk_size=2)
+        >>> tree.insert([1, 2, 3, 4], lambda first, n: range(n)).tokens
+        4
+        >>> tree.keep([1, 2, 3, 4], 2, State(b"two")), tree.keep([1, 2, 3, 4], 6, State(b"six"))
+        (True, False)
+        >>> tree.snapshot_at([1, 2, 3, 9])
+        Resume(position=2, snapshot=State(b'two'))
+
+        Raises ValueError: `position` is negative or no multiple of chunk_size.
+        """
+        if position < 0 or position % self.chunk_size:
+            raise ValueError(f"position must be a multiple of {self.chunk_size}, not {position}")
+        data = pack(tokens)
+        with self._lock:
+            now = self._clock()
+            self._lifetimes.expire(now)
+            stop = walk(self._structure, data, self._end(data, position), now)
+            if stop.tokens != position:
+                return False
+            return self._structure.snapshots.add(stop.node, position, snapshot)
+
+    def snapshot_at(self, tokens: Any, limit: int | None = None) -> Resume | None:
+        """Return the deepest snapshot within the match of at most `limit` tokens. Changes nothing.
+
+        Runtime complexity: `match` plus O(log).
+        """
+        data = pack(tokens)
+        with self._lock:
+            stop = walk(self._structure, data, self._end(data, limit), self._clock())
+            entry = self._structure.snapshots.deepest(stop.node, stop.tokens)
+            return None if entry is None else Resume(entry.position, entry.snapshot)
+
+    def evict_snapshots(self, size: int) -> int:
+        """Free at least `size` bytes of snapshots if that many may leave; return how many were.
+
+        Chunks stay. Least recently used first, of all trees that share the order; the head of
+        snapshots.py says more. Expired nodes go before all. O(log snapshots) a snapshot.
+        """
+        with self._lock:
+            before = self.snapshot_bytes
+            self._lifetimes.expire(self._clock())
+            freed = before - self.snapshot_bytes
+            return freed + self._structure.snapshots.order.evict(size - freed)
+
     # -- leaving
 
     def evict(self, chunks: int) -> int:
@@ -320,7 +337,7 @@ class PrefixTree(View):
         """
         data = pack(tokens)
         with self._lock:
-            found = self._find(data)
+            found = find(self._structure, data)
             if found is None or found[0].leases:
                 return 0
             node, chunks = found
@@ -329,30 +346,18 @@ class PrefixTree(View):
             return self._lifetimes.drop(node, Miss.EVICTED)
 
     def clear(self) -> int:
-        """End all pins and drop everything that is not leased; return the chunks. O(nodes)."""
+        """End all pins and drop everything that is not leased; return the chunks. O(nodes).
+
+        Snapshots leave under leases too: these do not hold them.
+        """
         with self._lock:
             nodes = list(self._iterate())
             for node in nodes:
                 self._lifetimes.unpin_all(node)
+            for node in [self._structure.root, *nodes]:
+                self._structure.snapshots.clear(node)
             tops = [n for n in nodes if not n.leases and (_is_root(n.parent) or _leased(n.parent))]
             return sum(self._lifetimes.drop(top, Miss.EVICTED) for top in tops)
-
-    def _find(self, data: bytes) -> tuple[Node, int] | None:
-        """Return the node with the last whole chunk of `data`, and which of its chunks that is."""
-        size = self._structure.chunk_bytes
-        whole = len(data) // size * size
-        node, at = self._structure.root, 0
-        while at < whole:
-            child = node.children.get(data[at : at + size])
-            if child is None:
-                return None
-            length = min(len(child.data), whole - at)
-            if not data.startswith(memoryview(child.data)[:length], at):
-                return None
-            node, at = child, at + length
-            if at == whole:
-                return node, length // size
-        return None
 
     # -- pins
 
@@ -368,7 +373,7 @@ class PrefixTree(View):
         with self._lock:
             now = self._clock()
             self._lifetimes.expire(now)
-            stop = self._walk(data, len(data), now)
+            stop = walk(self._structure, data, len(data), now)
             node = self._upper(stop.node, (stop.tokens - stop.node.start) // self.chunk_size)
             if _is_root(node):
                 return 0
@@ -384,7 +389,7 @@ class PrefixTree(View):
             if isinstance(which, str):
                 named = self._structure.named.get(which)
                 return named is not None and self._lifetimes.unpin(named, which)
-            found = self._find(pack(which))
+            found = find(self._structure, pack(which))
             if found is None or found[1] != found[0].chunks:
                 return False
             return self._lifetimes.unpin_all(found[0])

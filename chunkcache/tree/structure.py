@@ -24,6 +24,7 @@ from chunkcache.tree.ghosts import Ghosts
 from chunkcache.tree.keys import TOKEN_BYTES
 from chunkcache.tree.node import Miss, Node, Run, climb, link, unlink
 from chunkcache.tree.policies import Policy
+from chunkcache.tree.snapshots import Snapshots
 
 
 class _NoRun:
@@ -40,7 +41,12 @@ class Structure:
     """Nodes, counters and eviction order. No locking, no clock; PrefixTree adds them."""
 
     def __init__(
-        self, chunk_size: int, policy: Policy, free: Callable[[Run], object] | None, ghosts: int
+        self,
+        chunk_size: int,
+        policy: Policy,
+        free: Callable[[Run], object] | None,
+        ghosts: int,
+        snapshots: Snapshots,
     ) -> None:
         self.chunk_bytes = chunk_size * TOKEN_BYTES
         self.policy = policy
@@ -50,6 +56,7 @@ class Structure:
         self.by_deadline: Any = SortedList()  # (deadline, serial, node) of nodes that expire
         self.named: dict[str, Node] = {}
         self.ghosts = Ghosts(ghosts)
+        self.snapshots = snapshots
         self.serial = self.tick = self.version = 0
         self.chunks = self.leased = self.pinned = self.held = self.nodes = self.leaves = 0
 
@@ -91,13 +98,17 @@ class Structure:
         self.leased += chunks * (leased - was_leased)
         self.pinned += chunks * (pinned - was_pinned)
         self.held += chunks * ((leased or pinned) - (was_leased or was_pinned))
+        if pinned != was_pinned:
+            self.snapshots.repinned(node)
         if not node.children:
             self.place(node)
 
     def hold(self, node: Node, leases: int = 0, pins: int = 0) -> None:
-        """Change the holds of a whole path. O(depth)."""
+        """Change the holds of a whole path; pins count at the root too. O(depth)."""
         for step in climb(node):
             self.mark(step, leases, pins)
+        if pins:  # its snapshot may be the only one on the path
+            self.mark(self.root, pins=pins)
 
     def set_deadline(self, node: Node, deadline: float) -> None:
         """Move a node in the expiry index. O(log nodes)."""
@@ -122,6 +133,7 @@ class Structure:
 
         The path is reindexed only once the policy has answered for all of it.
         """
+        self.snapshots.order.tick += 1
         path = climb(node)
         for step in path if leaf_first else reversed(path):
             self.tick += 1
@@ -185,6 +197,8 @@ class Structure:
         self.count(upper, +1)
         if not upper._overdue:
             self.schedule(upper)
+        if node._snapshots is not None:
+            self.snapshots.split(node, upper)
         return upper
 
     def trim(self, leaf: Node, chunks: int, why: Miss) -> None:
@@ -201,6 +215,8 @@ class Structure:
         self.unname(leaf)
         self.ghosts.forget(leaf)
         self.ghosts.add(leaf, lost, why)
+        if leaf._snapshots is not None:
+            self.snapshots.leave(leaf, leaf.start + leaf.token_count)
         self.free(tail)
 
     def drop_leaf(self, leaf: Node, why: Miss | None) -> Node:
@@ -221,6 +237,8 @@ class Structure:
         if parent.parent is not None and not parent.children:
             self.leaves += 1
             self.place(parent)
+        if leaf._snapshots is not None:
+            self.snapshots.clear(leaf)
         self.free(leaf.run)
         return parent
 

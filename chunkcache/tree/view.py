@@ -57,6 +57,16 @@ class View:
             return self._structure.chunks - self._structure.held
 
     @property
+    def snapshots(self) -> int:
+        """Snapshots stored."""
+        return self._structure.snapshots.count
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Bytes of the snapshots stored."""
+        return self._structure.snapshots.bytes
+
+    @property
     def nodes(self) -> int:
         """Nodes stored."""
         return self._structure.nodes

@@ -1,8 +1,8 @@
-"""The pool against a plain set of slots, and the arena against a list of tokens."""
+"""The pool against a plain set of slots, and how the arena grows."""
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
@@ -121,26 +121,6 @@ def test_what_cannot_be_copied_leaves_nothing_behind():
 def test_a_budget_below_one_chunk_is_refused():
     with pytest.raises(ConfigError, match="device_bytes"):
         Pool(LAYOUT, LAYOUT.chunk_bytes - 1)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 11), min_size=1, max_size=8))
-def test_appends_of_any_size_write_the_same_memory(sizes):
-    total = sum(sizes)
-    keys, values = (torch.randn(2, total, dim).to(DEVICE) for dim in (3, 5))
-    arena, at = Arena(LAYOUT), 0
-    for size in sizes:
-        arena.extend(max(0, -(-(at + size) // 4) - arena.used))
-        new = slice(at, at + size)
-        if size == 1:
-            place = (torch.tensor([index], device=DEVICE) for index in divmod(at, 4))
-            arena.append_step(0, *place, keys[None, :, at], values[None, :, at])
-        else:
-            arena.append(0, at // 4, at % 4, keys[:, new], values[:, new])
-        at += size
-    got_keys, got_values = arena.layer(0)
-    assert torch.equal(got_keys.permute(1, 0, 3, 2).reshape(2, -1, 3)[:, :total], keys)
-    assert torch.equal(got_values.permute(1, 0, 2, 3).reshape(2, -1, 5)[:, :total], values)
 
 
 def test_an_arena_grows_in_small_steps_and_keeps_its_chunks():

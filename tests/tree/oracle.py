@@ -1,7 +1,7 @@
 """The slow, obviously right twin of the prefix tree: a dict from every stored prefix to its entry.
 
 Every question is answered by looking at everything. `run_of` and `Chunks` are runs whose contents
-can be checked; `LeafLRU` is the per-block simulator of the data README.
+can be checked; `State` is a snapshot; `LeafLRU` is the per-block simulator of the data README.
 """
 
 from __future__ import annotations
@@ -29,6 +29,13 @@ class Chunks:
 
     def __repr__(self) -> str:
         return f"Chunks({self.parts})"
+
+
+class State:
+    """A snapshot; one is like no other."""
+
+    def __init__(self, size: int = 1) -> None:
+        self.bytes = size
 
 
 def run_of(tokens, size: int, first: int, count: int) -> Chunks:
@@ -60,6 +67,8 @@ class Oracle:
     leases: list[Tokens] = field(default_factory=list)
     pins: dict[tuple[Tokens, str | None], float] = field(default_factory=dict)
     names: dict[str, Tokens] = field(default_factory=dict)
+    kept: dict[Tokens, State] = field(default_factory=dict)
+    used: dict[State, int] = field(default_factory=dict)
     tick: int = 0
 
     def whole(self, tokens: Tokens) -> Tokens:
@@ -126,6 +135,7 @@ class Oracle:
         for lost in [p for p in self.gone if p[: -self.size] == prefix]:
             del self.gone[lost]
         self.gone[prefix] = why
+        self.kept.pop(prefix, None)
         self.names = {name: end for name, end in self.names.items() if end != prefix}
 
     def evict(self, chunks: int, now: float) -> int:
@@ -182,9 +192,18 @@ class Oracle:
 
     def clear(self) -> int:
         self.pins.clear()
+        self.kept.clear()
         free = [prefix for prefix in self.stored if not self.leased(prefix)]
         tops = [p for p in free if len(p) == self.size or self.leased(p[: -self.size])]
         return sum(self._drop_below(top) for top in tops)
+
+    def resume(self, tokens: Tokens, limit: int) -> Tokens | None:
+        """The longest prefix with a snapshot, of at most `limit` tokens."""
+        found = [p for p in self.kept if len(p) <= limit and p == tokens[: len(p)]]
+        return max(found, key=len, default=None)
+
+    def snapshot_bytes(self) -> int:
+        return sum(state.bytes for state in self.kept.values())
 
 
 class LeafLRU:

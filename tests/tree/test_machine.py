@@ -19,9 +19,13 @@ class TreeMachine(RuleBasedStateMachine):
         super().__init__()
         self.pair = Pair(1)
 
-    @initialize(size=small, touch=st.sampled_from(["leaf_first", "root_first"]))
-    def start(self, size: int, touch: str) -> None:
-        self.pair = Pair(size, touch)
+    @initialize(
+        size=small,
+        touch=st.sampled_from(["leaf_first", "root_first"]),
+        budget=st.sampled_from([float("inf"), 4, 9]),
+    )
+    def start(self, size: int, touch: str, budget: float) -> None:
+        self.pair = Pair(size, touch, budget)
 
     @rule(
         tokens=prompts,
@@ -60,6 +64,23 @@ class TreeMachine(RuleBasedStateMachine):
     @rule(chunks=st.integers(0, 5))
     def evict(self, chunks) -> None:
         self.pair.evict(chunks)
+
+    @rule(tokens=prompts, chunks=st.integers(0, 5), bytes=small)
+    def keep(self, tokens, chunks, bytes) -> None:
+        self.pair.keep(tokens, chunks * self.pair.size, bytes)
+
+    @precondition(lambda self: self.pair.leases)
+    @rule(data=st.data(), limit=st.none() | st.integers(-1, 9))
+    def resume(self, data, limit) -> None:
+        self.pair.resume(data.draw(st.integers(0, len(self.pair.leases) - 1)), limit)
+
+    @rule(tokens=prompts, limit=st.none() | st.integers(0, 9))
+    def snapshot_at(self, tokens, limit) -> None:
+        self.pair.snapshot_at(tokens, limit)
+
+    @rule(bytes=st.integers(0, 9))
+    def evict_snapshots(self, bytes) -> None:
+        self.pair.evict_snapshots(bytes)
 
     @rule(seconds=st.sampled_from([0.5, 1.0, 4.0]))
     def wait(self, seconds) -> None:

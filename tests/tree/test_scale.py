@@ -7,9 +7,9 @@ import threading
 
 import numpy as np
 
-from chunkcache.tree import PrefixTree
+from chunkcache.tree import PrefixTree, SnapshotOrder
 
-from .oracle import run_of
+from .oracle import State, run_of
 
 DEPTH = 100_000
 
@@ -60,8 +60,14 @@ def test_wide_tree() -> None:
 
 def test_threads() -> None:
     live: dict[int, int] = {}
-    tree = PrefixTree(chunk_size=2, on_evict=lambda run: [live.pop(id(p)) for p in run.parts])
-    keep, errors = [], []
+    dropped: list[State] = []
+    tree = PrefixTree(
+        chunk_size=2,
+        on_evict=lambda run: [live.pop(id(p)) for p in run.parts],
+        on_drop=dropped.append,
+        snapshot_order=SnapshotOrder(40),
+    )
+    keep, given, errors = [], [], []
 
     def make(tokens):
         def make_run(first, count):
@@ -84,6 +90,10 @@ def test_threads() -> None:
                     tree.insert(tokens, make(tokens), ttl=rng.choice([None, 0.001]))
                     seen = [t for p in lease.pieces for part in p.run.parts for t in part]
                     assert tuple(seen[: lease.tokens]) == tokens[: lease.tokens]
+                    state = State(rng.randrange(9))
+                    if tree.keep(tokens, rng.randrange(len(tokens) // 2 + 1) * 2, state):
+                        given.append(state)
+                    lease.snapshot()
                 if rng.random() < 0.1:
                     tree.pin(tokens, name=str(seed), ttl=0.01)
                 if rng.random() < 0.1:
@@ -103,3 +113,4 @@ def test_threads() -> None:
     assert tree.leased_chunks == 0 and len(live) == tree.chunks
     tree.clear()
     assert tree.chunks == 0 and not live
+    assert len(dropped) == len(given) and set(dropped) == set(given)
