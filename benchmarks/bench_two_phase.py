@@ -17,6 +17,7 @@ from benchmarks.common import interleaved, save
 from chunkcache.attention.batch import Batch
 from chunkcache.attention.choice import choose
 from chunkcache.attention.groups import Gate
+from chunkcache.attention.rule import Rule
 from chunkcache.kv import Arena, ChunkLayout, LayerShape, Pool
 from chunkcache.kv.sequence import Sequence
 
@@ -71,10 +72,11 @@ def two_phase(
         sequences.append(sequence)
     batch = Batch(layout, sequences, arena, choose(layout, kernel)(layout), gate)  # type: ignore
     batch.begin([[0]] * rows)
+    rule = Rule(dim**-0.5)
 
     def step() -> torch.Tensor:
         batch.write(0, keys[:, :, -1:], values[:, :, -1:])
-        return batch.attend(0, query, dim**-0.5)
+        return batch.attend(0, query, rule)
 
     return step, batch
 

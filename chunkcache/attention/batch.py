@@ -11,6 +11,7 @@ import torch
 
 from chunkcache.attention.groups import Decisions, Gate, Group, group_rows
 from chunkcache.attention.kernel import Kernel, Plan
+from chunkcache.attention.rule import Rule
 from chunkcache.kv.arena import Arena
 from chunkcache.kv.layout import KV, ChunkLayout
 from chunkcache.kv.sequence import Sequence
@@ -91,24 +92,27 @@ class Batch:
             )
         return self._groups
 
-    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Stores the new KV of one layer: keys `[rows, heads, tokens, dim]`, values alike."""
+    def write(self, layer: int, *parts: torch.Tensor) -> None:
+        """Stores the new KV of one layer.
+
+        Args:
+            parts: `[rows, heads, tokens, width]`: keys, and values unless the layer is latent.
+        """
         if self._places is not None:
-            self.arena.append_step(layer, *self._places, keys[:, :, 0], values[:, :, 0])
+            self.arena.append_step(layer, *self._places, *(part[:, :, 0] for part in parts))
             return
         sequence = self.sequences[0]
-        own = sequence.length - sequence.shared_tokens
-        size = self.layout.chunk_size
-        self.arena.append(layer, sequence.tail[own // size], own % size, keys[0], values[0])
+        chunk, offset = divmod(sequence.length - sequence.shared_tokens, self.layout.chunk_size)
+        self.arena.append(layer, sequence.tail[chunk], offset, *(part[0] for part in parts))
 
-    def attend(self, layer: int, query: torch.Tensor, scaling: float) -> torch.Tensor:
-        """Attention of the new tokens.
+    def attend(self, layer: int, query: torch.Tensor, rule: Rule) -> torch.Tensor:
+        """Attention of the new tokens; once a layer or, where others read its KV, more often.
 
         Takes `[rows, query_heads, tokens, dim]`, gives `[rows, tokens, query_heads, value_dim]`.
         """
         assert self._plan is not None, "attend() outside of begin() and end()"
         self.attended += 1
-        return self._plan.attend(layer, query, self.arena.layer(layer), scaling)
+        return self._plan.attend(layer, query, self.arena.layer(layer), rule)
 
     def end(self) -> None:
         """The forward is complete: its tokens are part of the sequences."""
@@ -117,13 +121,13 @@ class Batch:
         self._ids, self._plan, self._places = [], None, None
 
     def tail_blocks(self, row: int, first: int, count: int) -> list[KV]:
-        """Copies of `count` chunks of one row's tail, from its chunk `first` on, a pair per layer."""
+        """Copies of `count` chunks of one row's tail, from its chunk `first` on, a tuple per layer."""
         ids = self.sequences[row].tail[first : first + count]
         chosen: slice | torch.Tensor = torch.tensor(ids, device=self.layout.device)
         if ids == list(range(ids[0], ids[0] + count)):
             chosen = slice(ids[0], ids[0] + count)
-        pairs = (self.arena.layer(layer) for layer in range(len(self.layout.layers)))
-        return [(keys[chosen], values[chosen]) for keys, values in pairs]
+        held = (self.arena.layer(layer) for layer in range(len(self.layout.layers)))
+        return [tuple(tensor[chosen] for tensor in tensors) for tensors in held]
 
     def finite_chunks(self, row: int) -> int:
         """How many chunks of a row's tail come before the first that is not all finite numbers.
@@ -131,8 +135,10 @@ class Batch:
         Looks at the last layer only: what is not finite in an earlier one shows there too.
         """
         ids = torch.tensor(self.sequences[row].tail, dtype=torch.long, device=self.layout.device)
-        kept = [part[ids].isfinite().flatten(1).all(1) for part in self.arena.layer(-1)]
-        return int((kept[0] & kept[1]).cumprod(0).sum())
+        kept = torch.ones_like(ids, dtype=torch.bool)
+        for tensor in self.arena.layer(-1) if self.layout.layers else ():
+            kept &= tensor[ids].isfinite().flatten(1).all(1)
+        return int(kept.cumprod(0).sum())
 
     def select(self, rows: Rows[int]) -> Batch:
         """A batch of copies of the named rows (repeats allowed); shared chunks are not copied."""

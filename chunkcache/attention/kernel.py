@@ -14,6 +14,7 @@ from collections.abc import Sequence as Rows
 import torch
 
 from chunkcache.attention.groups import Group
+from chunkcache.attention.rule import Rule
 from chunkcache.kv.layout import KV, ChunkLayout
 from chunkcache.kv.sequence import Sequence
 
@@ -22,13 +23,13 @@ class Plan(ABC):
     """One forward of a batch, the same for all layers."""
 
     @abstractmethod
-    def attend(self, layer: int, query: torch.Tensor, tails: KV, scaling: float) -> torch.Tensor:
-        """Attention of the new tokens of one layer.
+    def attend(self, layer: int, query: torch.Tensor, tails: KV, rule: Rule) -> torch.Tensor:
+        """Attention of the new tokens of one layer; of several queries one after another, if asked.
 
         Args:
             query: `[rows, query_heads, tokens, dim]`; query heads are a multiple of the KV heads.
             tails: all arena chunks in use, the new tokens already in them.
-            scaling: of the scores.
+            rule: what is done to scores, and which keys are hidden.
 
         Returns:
             `[rows, tokens, query_heads, value_dim]` in the query's type.

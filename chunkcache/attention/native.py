@@ -12,13 +12,15 @@ import torch
 
 from chunkcache.attention.groups import Group
 from chunkcache.attention.kernel import Kernel, Plan
+from chunkcache.attention.rule import Rule
 from chunkcache.attention.workspace import Workspace
 from chunkcache.kv.layout import KV, ChunkLayout
 from chunkcache.kv.pool import Pool
 from chunkcache.kv.sequence import Sequence
-from chunkcache.native.library import TYPES, VERSION, Library, Shape
+from chunkcache.native.library import TYPES, VERSION, Library, Queries, Shape
 
 _SEGMENT = 512  # tokens whose chunks are folded into one state
+_EVERYTHING = 2**31 - 1  # keys; more need not be counted
 
 
 class NativeKernel(Kernel):
@@ -51,9 +53,9 @@ class NativeKernel(Kernel):
             return _Step(self, _items([sequence], groups, self.segment), [sequence.length + 1])
         return _Prefill(self, sequence, tokens)
 
-    def shape(self, layer: int, query_heads: int, scaling: float) -> Shape:
+    def shape(self, layer: int, query_heads: int, rule: Rule) -> Shape:
         """The first argument of the library's functions."""
-        shape = self.layout.layers[layer]
+        shape = self.layout.attention(layer)
         return (
             shape.kv_heads,
             query_heads // shape.kv_heads,
@@ -61,32 +63,61 @@ class NativeKernel(Kernel):
             shape.value_dim,
             self.layout.chunk_size,
             self.segment,
-            scaling,
+            rule.scaling,
             TYPES[self.layout.dtype],
+            shape.latent,
+            min(rule.window or 0, _EVERYTHING),
+            min(rule.span or 0, _EVERYTHING),
+            rule.softcap or 0.0,
         )
 
     def prepare(
-        self, layer: int, query: torch.Tensor, rows: int, tokens: int, scaling: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The query as the library can read it, and room for the output.
+        self, layer: int, query: torch.Tensor, rows: int, tokens: int, rule: Rule
+    ) -> _Prepared:
+        """Everything of one call that hangs on the query.
 
         Raises:
             ValueError: for what the library, which is handed addresses, could not refuse.
         """
-        shape = self.layout.layers[layer]
+        shape = self.layout.attention(layer)
         heads = query.shape[1]
         if query.shape != (rows, heads, tokens, shape.head_dim) or query.device.type != "cpu":
             raise ValueError(
                 f"layer {layer} asks for attention of {tuple(query.shape)} on {query.device}, not of "
                 f"{rows} rows and {tokens} tokens of {shape.head_dim} on the CPU"
             )
-        if not heads or heads % shape.kv_heads or not scaling > 0:
+        if not heads or heads % shape.kv_heads or not rule.scaling > 0:
             raise ValueError(
-                f"layer {layer}: {heads} query heads for {shape.kv_heads}, scaling {scaling}"
+                f"layer {layer}: {heads} query heads for {shape.kv_heads}, scaling {rule.scaling}"
             )
         if query.stride(-1) != 1 or query.dtype != self.layout.dtype:
             query = query.to(self.layout.dtype).contiguous()
-        return query, query.new_empty(rows, tokens, heads, shape.value_dim)
+        out = query.new_empty(rows, tokens, heads, shape.value_dim)
+        return _Prepared(self.shape(layer, heads, rule), query, out, _sinks(layer, heads, rule))
+
+
+class _Prepared(NamedTuple):
+    """The shape of a call, and the tensors whose addresses it is handed."""
+
+    shape: Shape
+    query: torch.Tensor
+    out: torch.Tensor
+    sinks: torch.Tensor | None
+
+    def queries(self, places: int) -> Queries:
+        """The second argument; `places` is the dimension of the query in which rows or tokens are."""
+        size = self.query.element_size()
+        strides = self.query.stride(places) * size, self.query.stride(1) * size
+        sinks = 0 if self.sinks is None else self.sinks.data_ptr()
+        return self.query.data_ptr(), *strides, self.out.data_ptr(), sinks
+
+
+def _sinks(layer: int, heads: int, rule: Rule) -> torch.Tensor | None:
+    if rule.sinks is None:
+        return None
+    if rule.sinks.shape != (heads,):
+        raise ValueError(f"layer {layer}: {tuple(rule.sinks.shape)} sinks for {heads} query heads")
+    return rule.sinks.detach().to("cpu", torch.float32).contiguous()
 
 
 class _Prefill(Plan):
@@ -96,26 +127,22 @@ class _Prefill(Plan):
         self.start = sequence.length
         self.tokens = tokens
 
-    def attend(self, layer: int, query: torch.Tensor, tails: KV, scaling: float) -> torch.Tensor:
+    def attend(self, layer: int, query: torch.Tensor, tails: KV, rule: Rule) -> torch.Tensor:
         kernel = self.kernel
-        source, out = kernel.prepare(layer, query, 1, self.tokens, scaling)
+        call = kernel.prepare(layer, query, 1, self.tokens, rule)
         blocks = array("q")
         for block in [*(run.layer(layer) for run in self.shared), tails]:
             blocks.extend(_block(block))
-        size = source.element_size()
         kernel.library.prefill(
-            kernel.shape(layer, query.shape[1], scaling),
-            source.data_ptr(),
-            source.stride(1) * size,
-            source.stride(2) * size,
-            out.data_ptr(),
+            call.shape,
+            call.queries(2),
             self.tokens,
             self.start,
             _address(blocks),
             len(blocks) // 3,
             torch.get_num_threads(),
         )
-        return out.to(query.dtype)
+        return call.out.to(query.dtype)
 
 
 class _Items(NamedTuple):
@@ -124,7 +151,8 @@ class _Items(NamedTuple):
     Attributes:
         slabs: the pool's slabs that items lie in; the arena is the source behind them.
         items: six numbers each: source, chunk in it, chunks, index of the first in its sequence,
-            and the range of `members` that attends to them; by segment, then by index.
+            and the range of `members` that attends to them, which is by length; by segment, then by
+            index.
         segments: where the items of each segment begin, and the end.
         members: rows.
         slots: where the states of each row begin, one for every segment it has chunks in; and the end.
@@ -146,7 +174,7 @@ def _items(sequences: Rows[Sequence], groups: list[Group], segment: int) -> _Ite
 
     def add(source: int, chunk: int, count: int, rows: Rows[int]) -> None:
         begin = len(members)
-        members.extend(rows)
+        members.extend(sorted(rows, key=lambda row: sequences[row].length))
         index = reached[rows[0]]
         for row in rows:
             reached[row] += count
@@ -189,24 +217,19 @@ class _Step(Plan):
         self.items = items
         self.limits = array("q", limits)
 
-    def attend(self, layer: int, query: torch.Tensor, tails: KV, scaling: float) -> torch.Tensor:
+    def attend(self, layer: int, query: torch.Tensor, tails: KV, rule: Rule) -> torch.Tensor:
         kernel, items, rows = self.kernel, self.items, len(self.limits)
-        source, out = kernel.prepare(layer, query, rows, 1, scaling)
+        call = kernel.prepare(layer, query, rows, 1, rule)
         sources = array("q")
         for pool, slab in items.slabs:
             sources.extend(_block(pool.slab_layer(slab, layer)))
         sources.extend(_block(tails))
-        shape = kernel.shape(layer, query.shape[1], scaling)
         states, _ = kernel.space.get(
-            "states", (kernel.library.state_floats(shape, items.slots[-1]),)
+            "states", (kernel.library.state_floats(call.shape, items.slots[-1]),)
         )
-        size = source.element_size()
         kernel.library.step(
-            shape,
-            source.data_ptr(),
-            source.stride(0) * size,
-            source.stride(1) * size,
-            out.data_ptr(),
+            call.shape,
+            call.queries(0),
             rows,
             _address(self.limits),
             _address(sources),
@@ -218,12 +241,13 @@ class _Step(Plan):
             states.data_ptr(),
             torch.get_num_threads(),
         )
-        return out.to(query.dtype)
+        return call.out.to(query.dtype)
 
 
 def _block(kv: KV) -> tuple[int, int, int]:
-    keys, values = kv
-    return keys.data_ptr(), values.data_ptr(), len(keys)
+    """Addresses of keys and values, which are none in a latent layer, and the number of chunks."""
+    keys, *values = kv
+    return keys.data_ptr(), values[0].data_ptr() if values else 0, len(keys)
 
 
 def _address(numbers: array[int]) -> int:

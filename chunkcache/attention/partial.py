@@ -21,10 +21,12 @@ multiply-add in the merge (used by some code paths and not by others: tails came
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
+from chunkcache.attention.rule import Rule
 from chunkcache.attention.workspace import Workspace
 
 LOG2E = math.log2(math.e)
@@ -41,6 +43,16 @@ class States(NamedTuple):
     o: torch.Tensor
     m: torch.Tensor
     l: torch.Tensor
+
+
+class Mask(NamedTuple):
+    """What must not be seen of chunks `begin` .. `begin + h`: True where a key is hidden.
+
+    `hidden` is broadcast to `[h, heads, rows, chunk]`.
+    """
+
+    begin: int
+    hidden: torch.Tensor
 
 
 class Total(NamedTuple):
@@ -87,20 +99,19 @@ def partial(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    scaling: float,
+    rule: Rule,
     space: Workspace,
     name: str,
-    hidden: torch.Tensor | None = None,
+    masks: Sequence[Mask] = (),
 ) -> States:
     """States of every row with every chunk.
 
     Args:
         query: `[n, heads, rows, dim]`, or `[1, heads, rows, dim]` if all chunks meet the same rows.
-        keys: `[n, heads, dim, chunk]`; values: `[n, heads, chunk, value_dim]`.
-        scaling: of the scores, as transformers passes it.
+        keys: `[n, heads, dim, chunk]`; values: `[n, heads, chunk, value_dim]`, of a latent layer a
+            view of the keys.
+        rule: its scaling and softcap; which keys are hidden, the masks say.
         space: scratch memory; the states live in it, under `name`, until it is used again.
-        hidden: True where a key must not be seen, broadcast to `[h, heads, rows, chunk]` for the
-            last h chunks.
 
     Returns:
         States of n chunks, padded to `padded_rows`; a row that sees no key of a chunk has m = -1e30
@@ -115,11 +126,11 @@ def partial(
     m, _ = space.get(name + ".m", (n, heads, rows))
     l, _ = space.get(name + ".l", (n, heads, rows))
     # Scaled before the product: unscaled scores overflow float16.
-    query = (query.float() * (scaling * LOG2E)).to(keys.dtype)
+    inner = rule.scaling * LOG2E if rule.softcap is None else rule.scaling / rule.softcap
+    query = (query.float() * inner).to(keys.dtype)
     if rows > asked:
         query = torch.nn.functional.pad(query, (0, 0, 0, rows - asked))
     size = min(n, max(1, space.block // (heads * rows * chunk)))
-    seen = n - (0 if hidden is None else hidden.shape[0])
     repeated = len(query) == 1
     if repeated and size > 1:
         many, _ = space.get("query", (size, *query.shape[1:]), keys.dtype)
@@ -128,12 +139,21 @@ def partial(
         end = min(n, begin + size)
         block = slice(begin, end)
         scores = _scores(query[: end - begin] if repeated else query[block], keys[block], space)
-        if hidden is not None and end > seen:
-            first = max(begin, seen)
-            visible = scores[0][first - begin :, :, :asked]
-            visible.masked_fill_(hidden[first - seen : end - seen], -math.inf)
+        if rule.softcap is not None:
+            scores[1].tanh_().mul_(rule.softcap * LOG2E)
+        _hide(scores[0][:, :, :asked], begin, masks)
         _reduce(scores, values[block], o[block], m[block], l[block], space)
     return States(o, m, l)
+
+
+def _hide(scores: torch.Tensor, begin: int, masks: Sequence[Mask]) -> None:
+    """Applies masks to scores of the chunks from `begin` on."""
+    end = begin + len(scores)
+    for first, hidden in masks:
+        start, stop = max(begin, first), min(end, first + len(hidden))
+        if start < stop:
+            visible = scores[start - begin : stop - begin]
+            visible.masked_fill_(hidden[start - first : stop - first], -math.inf)
 
 
 def _scores(
@@ -175,6 +195,25 @@ def _reduce(
 
 def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
     torch.bmm(left.flatten(0, 1), right.flatten(0, 1), out=out.flatten(0, 1))
+
+
+def sink_scores(rule: Rule, heads: int, like: torch.Tensor) -> torch.Tensor | None:
+    """Scores of the sinks in log2, `[heads, folded]` float32, within what states can hold; or None."""
+    if rule.sinks is None:
+        return None
+    sinks = rule.sinks.detach().to(like.device, torch.float32).view(heads, -1)
+    return (sinks * LOG2E).clamp(_LOWEST, -_LOWEST)
+
+
+def fold_sinks(
+    total: Total, sinks: torch.Tensor | None, maximum: torch.Tensor, space: Workspace
+) -> None:
+    """Adds sinks to denominators: `sinks` is broadcast to the rows' maxima, which are not lower."""
+    if sinks is not None:
+        weight, flat = space.get("scale", tuple(maximum.shape))
+        torch.sub(sinks, maximum, out=weight)
+        flat.exp2_()
+        total.l.add_(fixed_point(weight))
 
 
 def fold(

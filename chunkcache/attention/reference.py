@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import torch
 
+from chunkcache.attention.rule import Rule
+
 
 def attend(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     positions: torch.Tensor,
-    scaling: float,
+    rule: Rule,
 ) -> torch.Tensor:
     """Causal attention of one sequence.
 
     Args:
         query: `[query_heads, tokens, dim]` at `positions`.
         keys, values: `[heads, length, dim]` for positions 0 .. length - 1; query_heads is a
-            multiple of heads.
+            multiple of heads. Of a latent layer values are `keys[..., :value_dim]`.
         positions: `[tokens]` of the queries.
 
     Returns:
@@ -29,10 +31,27 @@ def attend(
     folded = query.shape[0] // keys.shape[0]
     keys = keys.repeat_interleave(folded, 0)
     values = values.repeat_interleave(folded, 0)
-    scores = query @ keys.transpose(1, 2) * scaling
-    behind = torch.arange(keys.shape[1], device=keys.device) > positions.unsqueeze(1)
-    scores = scores.masked_fill(behind, -torch.inf)
-    return (scores.softmax(-1) @ values).transpose(0, 1)
+    scores = query @ keys.transpose(1, 2) * rule.scaling
+    if rule.softcap is not None:
+        scores = (scores / rule.softcap).tanh() * rule.softcap
+    at = torch.arange(keys.shape[1], device=keys.device)
+    scores = scores.masked_fill(_hidden(at, positions.unsqueeze(1), rule), -torch.inf)
+    if rule.sinks is None:
+        weights = scores.softmax(-1)
+    else:
+        sinks = rule.sinks.to(scores).view(-1, 1, 1).expand(-1, scores.shape[1], 1)
+        weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+    return (weights @ values).transpose(0, 1)
+
+
+def _hidden(key: torch.Tensor, query: torch.Tensor, rule: Rule) -> torch.Tensor:
+    """Which keys (by position) a query at a position does not see."""
+    hidden = key > query
+    if rule.window is not None:
+        hidden = hidden | (key <= query - rule.window)
+    if rule.span is not None:
+        hidden = hidden | (key // rule.span != query // rule.span)
+    return hidden
 
 
 def merge(

@@ -19,19 +19,26 @@ from chunkcache.attention.partial import (
     finish,
     fixed_point,
     fold,
+    fold_sinks,
     partial,
+    sink_scores,
     weigh,
     weights,
 )
-from chunkcache.attention.plan import PrefillPlan, StepPlan
+from chunkcache.attention.plan import Part, PrefillPlan, StepPlan, Tails
+from chunkcache.attention.rule import Rule
 from chunkcache.attention.workspace import Workspace
 
 
 class Block(NamedTuple):
-    """Chunks that a prefill sees: keys `[n, heads, dim, chunk]`, values `[n, heads, chunk, dim]`."""
+    """Chunks: keys `[n, heads, dim, chunk]`, values `[n, heads, chunk, value_dim]` or a view of keys."""
 
     keys: torch.Tensor
     values: torch.Tensor
+
+    def part(self, begin: int, end: int) -> Block:
+        """Some of the chunks."""
+        return Block(self.keys[begin:end], self.values[begin:end])
 
 
 def attend_step(
@@ -39,7 +46,7 @@ def attend_step(
     shared: Blocks[Block],
     tails: Block,
     plan: StepPlan,
-    scaling: float,
+    rule: Rule,
     space: Workspace,
     ordered: bool = True,
 ) -> torch.Tensor:
@@ -58,22 +65,29 @@ def attend_step(
     heads = tails.keys.shape[1]
     folded = query_heads // heads
     by_head = query.reshape(rows, heads, folded, dim).transpose(0, 1)  # [heads, rows, folded, dim]
+    view = plan.view(rule, folded)
     maximum = query.new_full((heads, rows, folded), -torch.inf, dtype=torch.float32)
     parts = []
-    for number, (group, block) in enumerate(zip(plan.groups, shared, strict=True)):
-        index = plan.index(group.rows)
-        states = _shared_states(by_head, index, block, scaling, space, f"g{number}")
-        _raise_to(maximum, index, states.m.amax(0)[:, : len(group.rows) * folded])
+    for part in view.shared:
+        members = plan.groups[part.block].rows
+        index = plan.index(members)
+        states = _shared_states(by_head, index, shared[part.block], part, rule, space)
+        _raise_to(maximum, index, states.m.amax(0)[:, : len(members) * folded])
         parts.append((index, states))
-    last = _tail_states(by_head, tails, plan, scaling, space)
-    for ids, index in plan.levels:
+    last = _tail_states(by_head, tails, view.tails, rule, space)
+    for ids, index in view.tails.levels:
         m = last.m if ids is None else last.m.index_select(0, ids)
         _raise_to(maximum, index, m[:, :, :folded].transpose(0, 1))
+    sinks = sink_scores(rule, heads, maximum)
+    if sinks is not None:
+        sinks = sinks.unsqueeze(1)
+        torch.maximum(maximum, sinks, out=maximum)
     value_dim = tails.values.shape[-1]
     total = Total.zeros(heads, rows, folded, value_dim, like=query)
+    fold_sinks(total, sinks, maximum, space)
     for index, states in parts:
         _fold_shared(total, index, states, maximum, space, ordered)
-    _fold_tails(total, last, maximum, plan, space)
+    _fold_tails(total, last, maximum, view.tails, space)
     out = finish(total).transpose(0, 1).reshape(rows, 1, query_heads, value_dim)
     return out.to(query.dtype)
 
@@ -82,19 +96,22 @@ def _shared_states(
     by_head: torch.Tensor,
     index: torch.Tensor | None,
     block: Block,
-    scaling: float,
+    part: Part,
+    rule: Rule,
     space: Workspace,
-    name: str,
 ) -> States:
     rows = (by_head if index is None else by_head.index_select(1, index)).flatten(1, 2)
-    return partial(rows.unsqueeze(0), block.keys, block.values, scaling, space, name)
+    seen, name = block.part(part.begin, part.end), f"g{part.block}"
+    return partial(rows.unsqueeze(0), *seen, rule, space, name, part.masks)
 
 
 def _tail_states(
-    by_head: torch.Tensor, tails: Block, plan: StepPlan, scaling: float, space: Workspace
+    by_head: torch.Tensor, block: Block, tails: Tails, rule: Rule, space: Workspace
 ) -> States:
-    own = by_head.index_select(1, plan.owner).transpose(0, 1)  # [chunks, heads, folded, dim]
-    return partial(own, tails.keys, tails.values, scaling, space, "tail", plan.hidden)
+    own = by_head.index_select(1, tails.owner).transpose(0, 1)  # [chunks, heads, folded, dim]
+    if tails.chosen is not None:
+        block = Block(*(tensor.index_select(0, tails.chosen) for tensor in block))
+    return partial(own, *block, rule, space, "tail", [tails.mask])
 
 
 def _raise_to(maximum: torch.Tensor, index: torch.Tensor | None, m: torch.Tensor) -> None:
@@ -126,15 +143,15 @@ def _fold_shared(
 
 
 def _fold_tails(
-    total: Total, states: States, maximum: torch.Tensor, plan: StepPlan, space: Workspace
+    total: Total, states: States, maximum: torch.Tensor, tails: Tails, space: Workspace
 ) -> None:
     folded = maximum.shape[2]
-    top = maximum.index_select(1, plan.owner).transpose(0, 1)  # [chunks, heads, folded]
+    top = maximum.index_select(1, tails.owner).transpose(0, 1)  # [chunks, heads, folded]
     missing = states.m.shape[2] - folded
     scale = weights(states, torch.nn.functional.pad(top, (0, missing)), space)
     l = fixed_point(states.l * scale)[:, :, :folded].transpose(0, 1)
     o = weigh(states.o, scale, space)[:, :, :folded].transpose(0, 1)
-    for ids, index in plan.levels:
+    for ids, index in tails.levels:
         new = o if ids is None else o.index_select(1, ids)
         new_l = l if ids is None else l.index_select(1, ids)
         if index is None:
@@ -147,10 +164,9 @@ def _fold_tails(
 
 def attend_prefill(
     query: torch.Tensor,
-    shared: Blocks[Block],
-    tail: Block,
+    blocks: Blocks[Block],
     plan: PrefillPlan,
-    scaling: float,
+    rule: Rule,
     space: Workspace,
     ordered: bool = True,
 ) -> torch.Tensor:
@@ -158,8 +174,7 @@ def attend_prefill(
 
     Args:
         query: `[1, query_heads, tokens, dim]`.
-        shared: blocks of whole chunks for the positions before `plan.tail_start`, in order.
-        tail: chunks from that position on, the new tokens already in them.
+        blocks: of whole chunks, in order of position; the new tokens are in the last already.
 
     Returns:
         `[1, tokens, query_heads, value_dim]` in the query's type.
@@ -168,38 +183,39 @@ def attend_prefill(
     not show in the result.
     """
     _, query_heads, tokens, dim = query.shape
-    heads = tail.keys.shape[1]
+    heads, value_dim = blocks[-1].keys.shape[1], blocks[-1].values.shape[-1]
     folded = query_heads // heads
     rows = query.reshape(heads, folded, tokens, dim).transpose(1, 2)  # [heads, tokens, folded, dim]
-    out = query.new_empty((tokens, query_heads, tail.values.shape[-1]))
-    for step in plan.steps(query_heads, heads, space):
-        blocks = [*shared, Block(tail.keys[: step.seen], tail.values[: step.seen])]
-        new = rows[:, step.begin : step.end]
-        total = _attend_rows(new.flatten(1, 2), blocks, step.hidden, scaling, space, ordered)
-        part = finish(total).view(heads, step.end - step.begin, folded, -1).transpose(0, 1)
-        out[step.begin : step.end] = part.flatten(1, 2)
+    out = query.new_empty((tokens, query_heads, value_dim))
+    sinks = sink_scores(rule, heads, query)
+    for step in plan.steps(query_heads, heads, rule, space):
+        count = step.end - step.begin
+        new = rows[:, step.begin : step.end].flatten(1, 2)
+        states = [_part_states(new, blocks, part, rule, space) for part in step.parts]
+        repeated = None if sinks is None else sinks.repeat(1, count)
+        total = _merge(states, new.shape[1], repeated, space, ordered)
+        done = finish(total).view(heads, count, folded, -1).transpose(0, 1)
+        out[step.begin : step.end] = done.flatten(1, 2)
     return out.unsqueeze(0)
 
 
-def _attend_rows(
-    rows: torch.Tensor,
-    blocks: list[Block],
-    hidden: torch.Tensor,
-    scaling: float,
-    space: Workspace,
-    ordered: bool,
+def _part_states(
+    rows: torch.Tensor, blocks: Blocks[Block], part: Part, rule: Rule, space: Workspace
+) -> States:
+    """States of rows `[heads, rows, dim]` with some chunks of a block."""
+    seen, name = blocks[part.block].part(part.begin, part.end), f"b{part.block}"
+    return partial(rows.unsqueeze(0), *seen, rule, space, name, part.masks)
+
+
+def _merge(
+    parts: list[States], rows: int, sinks: torch.Tensor | None, space: Workspace, ordered: bool
 ) -> Total:
-    """Rows `[heads, rows, dim]` against all blocks; the mask is the last block's."""
-    count = rows.shape[1]
-    query = rows.unsqueeze(0)
-    parts = []
-    for number, block in enumerate(blocks):
-        mask = hidden if number == len(blocks) - 1 else None
-        name = f"b{number}"
-        parts.append(partial(query, block.keys, block.values, scaling, space, name, mask))
-    maximum = torch.stack([states.m.amax(0) for states in parts]).amax(0)
-    maximum = maximum[:, :count]
-    total = Total.zeros(*maximum.shape, blocks[0].values.shape[-1], like=maximum)
+    """All states of `rows` rows, and their sinks `[heads, rows]`."""
+    maximum = torch.stack([states.m.amax(0) for states in parts]).amax(0)[:, :rows]
+    if sinks is not None:
+        maximum = torch.maximum(maximum, sinks)
+    total = Total.zeros(*maximum.shape, parts[0].o.shape[-1], like=maximum)
+    fold_sinks(total, sinks, maximum, space)
     for states in parts:
         fold(total, states, maximum, space, ordered)
     return total

@@ -14,18 +14,19 @@ from typing import Protocol
 import torch  # before the modules: it brings the symbol that they need
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in memory.h
-Shape = tuple[int, int, int, int, int, int, float, int]
-VERSION = 3  # of the modules' arithmetic and arguments; part of a kernel's name
+Shape = tuple[int, int, int, int, int, int, float, int, int, int, int, float]
+Queries = tuple[int, int, int, int, int]
+VERSION = 4  # of the modules' arithmetic and arguments; part of a kernel's name
 SETS = ("avx512bf16", "avx512", "avx2")  # the best first
 
 
 class Library(Protocol):
     """A compiled module; the meaning of the arguments is with the functions in module.cpp."""
 
-    def prefill(self, shape: Shape, *arguments: int) -> None:
+    def prefill(self, shape: Shape, queries: Queries, *arguments: int) -> None:
         """New tokens of one sequence."""
 
-    def step(self, shape: Shape, *arguments: int) -> None:
+    def step(self, shape: Shape, queries: Queries, *arguments: int) -> None:
         """One new token of each of many sequences."""
 
     def state_floats(self, shape: Shape, slots: int) -> int:

@@ -21,7 +21,6 @@ namespace chunkcache {
 
 constexpr int kDepth = 256;  // units of depth in a block; decides bits, what follows does not
 constexpr int kMostRows = 512;             // of activations that share a turned panel
-constexpr int kPanel = kColumns * kWidth;  // columns that are turned together
 constexpr int kSmall = 1 << 17;            // multiplications that take less time than calling threads
 
 // Scratch memory of one thread.

@@ -105,6 +105,16 @@ inline void unpack(const void* from, int type, int rows, int count, int width, f
   }
 }
 
+// At most `width` of `rows` rows [stride] of 32 bits as columns of [stride][width], zeros if they are fewer.
+template <class Unit>
+inline void mirror(const Unit* from, int rows, int stride, int width, Unit* to) {
+  int i = 0;
+  for (; i + kWidth <= std::min(rows, width); i += kWidth)
+    for (int j = 0; j < stride; j += kWidth) simd::transpose(from + i * stride + j, stride, to + j * width + i, width);
+  for (; i < width; ++i)
+    for (int j = 0; j < stride; ++j) to[j * width + i] = i < rows ? from[i * stride + j] : Unit{0};
+}
+
 #if defined(__AVX512BF16__)
 // Rows 2r and 2r + 1 as one row of pairs, padded with zeros to `width` (and to an even number of rows).
 inline void unpack_pairs(const void* from, int rows, int count, int width, uint32_t* to) {
@@ -124,6 +134,16 @@ inline void unpack_pairs(const void* from, int rows, int count, int width, uint3
     for (; i < count; ++i) to[i] = a[i] | (r + 1 < rows ? static_cast<uint32_t>(b[i]) << 16 : 0u);
     for (; i < width; ++i) to[i] = 0;
   }
+}
+
+// As mirror, where rows hold `count` numbers of 16 bits, of which 2j and 2j + 1 become a pair.
+inline void mirror_pairs(const uint16_t* from, int rows, int count, int width, uint32_t* to) {
+  if (count % (2 * kWidth) == 0) return mirror(reinterpret_cast<const uint32_t*>(from), rows, count / 2, width, to);
+  for (int j = 0; j < count; j += 2, to += width)
+    for (int i = 0; i < width; ++i) {
+      const uint16_t* pair = from + i * count + j;
+      to[i] = i < rows ? pair[0] | (j + 1 < count ? static_cast<uint32_t>(pair[1]) << 16 : 0u) : 0u;
+    }
 }
 #endif
 

@@ -17,12 +17,24 @@ namespace {
 
 using namespace chunkcache;
 
-constexpr int kVersion = 3;  // of the arithmetic and of the arguments; as in library.py
+constexpr int kVersion = 4;  // of the arithmetic and of the arguments; as in library.py
 
-// Shapes come as (heads, folded, dim, value_dim, chunk, segment, scale, type); addresses and strides
-// as integers, strides in bytes. attention/native.py checks them and says what the arrays hold.
-#define SHAPE_FORMAT "(iiiiiifi)"
-#define SHAPE_FIELDS(s) &s.heads, &s.folded, &s.dim, &s.value_dim, &s.chunk, &s.segment, &s.scale, &s.type
+// Shapes come as (heads, folded, dim, value_dim, chunk, segment, scale, type, latent, window, span,
+// softcap), queries as (query, strides of its places and heads, output, sinks or 0); addresses and
+// strides are integers, strides in bytes. attention/native.py checks them and says what the arrays hold.
+#define SHAPE_FORMAT "(iiiiiifiiiif)"
+#define SHAPE_FIELDS(s)                                                                             \
+  &s.heads, &s.folded, &s.dim, &s.value_dim, &s.chunk, &s.segment, &s.scale, &s.type, &s.latent, \
+      &s.window, &s.span, &s.softcap
+#define QUERIES_FORMAT "(KLLKK)"
+
+struct Asked {  // Queries, as Python hands them over
+  unsigned long long query, out, sinks;
+  long long place, head;
+
+  operator Queries() const { return {at<char>(query), place, head, at<char>(out), at<float>(sinks)}; }
+};
+#define QUERIES_FIELDS(q) &q.query, &q.place, &q.head, &q.out, &q.sinks
 
 // Runs work while other Python threads go on; it says whether there was memory enough.
 template <class Work>
@@ -37,27 +49,27 @@ PyObject* unlocked(const Work& work) {
 
 PyObject* prefill(PyObject*, PyObject* args) {
   Prefill job;
-  long long tokens, start, count, head, token, threads;
-  unsigned long long query, out, blocks;
-  if (!PyArg_ParseTuple(args, SHAPE_FORMAT "KLLKLLKLL", SHAPE_FIELDS(job.shape), &query, &head, &token, &out, &tokens,
-                        &start, &blocks, &count, &threads))
+  Asked asked;
+  long long tokens, start, count, threads;
+  unsigned long long blocks;
+  if (!PyArg_ParseTuple(args, SHAPE_FORMAT QUERIES_FORMAT "LLKLL", SHAPE_FIELDS(job.shape), QUERIES_FIELDS(asked),
+                        &tokens, &start, &blocks, &count, &threads))
     return nullptr;
-  job.query = at<char>(query), job.query_head = head, job.query_token = token, job.out = at<char>(out);
-  job.tokens = tokens, job.start = start, job.blocks = at<Block>(blocks), job.count = count;
+  job.queries = asked, job.tokens = tokens, job.start = start, job.blocks = at<Block>(blocks), job.count = count;
   return unlocked([&] { return job.attend(threads); });
 }
 
 PyObject* step(PyObject*, PyObject* args) {
   Step job;
-  long long rows, head, row, count, threads;
-  unsigned long long query, out, limits, sources, items, segments, members, slots, states;
-  if (!PyArg_ParseTuple(args, SHAPE_FORMAT "KLLKLKKKKLKKKL", SHAPE_FIELDS(job.shape), &query, &row, &head, &out, &rows,
-                        &limits, &sources, &items, &segments, &count, &members, &slots, &states, &threads))
+  Asked asked;
+  long long rows, count, threads;
+  unsigned long long limits, sources, items, segments, members, slots, states;
+  if (!PyArg_ParseTuple(args, SHAPE_FORMAT QUERIES_FORMAT "LKKKKLKKKL", SHAPE_FIELDS(job.shape), QUERIES_FIELDS(asked),
+                        &rows, &limits, &sources, &items, &segments, &count, &members, &slots, &states, &threads))
     return nullptr;
-  job.query = at<char>(query), job.query_row = row, job.query_head = head, job.out = at<char>(out), job.rows = rows;
-  job.limits = at<int64_t>(limits), job.sources = at<Block>(sources), job.items = at<Item>(items);
-  job.segments = at<int64_t>(segments), job.count = count, job.members = at<int64_t>(members);
-  job.slots = at<int64_t>(slots), job.states = at<float>(states);
+  job.queries = asked, job.rows = rows, job.limits = at<int64_t>(limits), job.sources = at<Block>(sources);
+  job.items = at<Item>(items), job.segments = at<int64_t>(segments), job.count = count;
+  job.members = at<int64_t>(members), job.slots = at<int64_t>(slots), job.states = at<float>(states);
   return unlocked([&] { return job.attend(threads); });
 }
 

@@ -12,6 +12,8 @@ using simd::kColumns;
 using simd::kRows;
 using simd::kWidth;
 
+constexpr int kPanel = kColumns * kWidth;  // columns that lie together once they are turned over
+
 // What one step along the depth of a product multiplies: a float, or a pair of bfloat16.
 struct Single {
   using Unit = float;
@@ -35,9 +37,10 @@ constexpr bool kPairs = false;
 using Pair = Single;
 #endif
 
-// c = c * scale + a b for R rows of a and C vectors of columns; without scale, c = a b.
+// c = c * scale + a b for R rows of a and C vectors of columns; without scale, c = a b. Not inlined: among
+// other code the compiler finds no registers for b, which costs a fifth of the time.
 template <class Op, int R, int C>
-inline void tile(const typename Op::Unit* a, int64_t lda, const typename Op::Unit* b, int ldb, int depth,
+[[gnu::noinline]] void tile(const typename Op::Unit* a, int64_t lda, const typename Op::Unit* b, int ldb, int depth,
                  float* c, int64_t ldc, const float* scale) {
   Floats sum[R][C];
   UNROLL for (int r = 0; r < R; ++r) {

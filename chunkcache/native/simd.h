@@ -25,7 +25,10 @@ inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
 inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+inline Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+inline Floats size(Floats x) { return _mm512_abs_ps(x); }
 inline Floats round(Floats x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Floats times_power(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
 inline float largest(Floats x) { return _mm512_reduce_max_ps(x); }
@@ -34,6 +37,15 @@ inline float largest(Floats x) { return _mm512_reduce_max_ps(x); }
 inline Floats first(int count, Floats x, Floats other) {
   unsigned mask = count >= 16 ? 0xffffu : count <= 0 ? 0u : (1u << count) - 1u;
   return _mm512_mask_blend_ps(static_cast<__mmask16>(mask), other, x);
+}
+
+// x with the sign of another; and which of two where a size is below a limit.
+inline Floats with_sign(Floats x, Floats other) {
+  const __m512i sign = _mm512_set1_epi32(INT32_MIN);
+  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(sign, _mm512_castps_si512(other), _mm512_castps_si512(x), 0xca));
+}
+inline Floats choose(Floats size, Floats limit, Floats below, Floats above) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(size, limit, _CMP_LT_OQ), above, below);
 }
 
 inline Floats from_bfloat16(const uint16_t* p) {
@@ -45,7 +57,8 @@ inline Floats from_float16(const uint16_t* p) {
 }
 
 // A square of kWidth x kWidth numbers of 32 bits, rows `from_stride` and `to_stride` apart, mirrored.
-inline void transpose(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
+template <class Unit>
+inline void transpose(const Unit* from, int64_t from_stride, Unit* to, int64_t to_stride) {
   __m512i a[16], b[16];
   UNROLL for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(from + i * from_stride);
   UNROLL for (int i = 0; i < 16; i += 2) {
@@ -83,7 +96,10 @@ inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 inline Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
 inline Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+inline Floats div(Floats a, Floats b) { return _mm256_div_ps(a, b); }
 inline Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+inline Floats min(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+inline Floats size(Floats x) { return _mm256_andnot_ps(all(-0.0f), x); }
 inline Floats round(Floats x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
 // x * 2^n for n up to 127; zero where the power is no normal number.
@@ -102,6 +118,12 @@ inline Floats first(int count, Floats x, Floats other) {
   __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lanes);
   return _mm256_blendv_ps(other, x, _mm256_castsi256_ps(mask));
 }
+inline Floats with_sign(Floats x, Floats other) {
+  return _mm256_blendv_ps(size(x), _mm256_or_ps(x, all(-0.0f)), other);
+}
+inline Floats choose(Floats size, Floats limit, Floats below, Floats above) {
+  return _mm256_blendv_ps(above, below, _mm256_cmp_ps(size, limit, _CMP_LT_OQ));
+}
 inline Floats from_bfloat16(const uint16_t* p) {
   __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
@@ -110,7 +132,8 @@ inline Floats from_float16(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 
-inline void transpose(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
+template <class Unit>
+inline void transpose(const Unit* from, int64_t from_stride, Unit* to, int64_t to_stride) {
   Floats a[8], b[8];
   UNROLL for (int i = 0; i < 8; ++i) a[i] = load(reinterpret_cast<const float*>(from + i * from_stride));
   UNROLL for (int i = 0; i < 8; i += 2) {
@@ -142,6 +165,21 @@ inline Floats exp2(Floats x) {
   p = fma(p, f, all(0.6931470036506653f));
   p = fma(p, f, all(1.0f));
   return times_power(p, n);
+}
+
+// tanh x, absolute error below 1.4e-7, relative below 2.5e-7, monotone; not a number stays none.
+inline Floats tanh(Floats x) {
+  const Floats limit = all(0.625f), far = min(all(20.0f), size(x));  // beyond it is 1
+  const Floats e = exp2(mul(far, all(-2.88539008177792681f)));       // exp(-2 |x|)
+  const Floats above = div(sub(all(1.0f), e), add(all(1.0f), e));
+  const Floats square = mul(far, far);  // near 0 that would lose all digits: an odd polynomial (Cephes)
+  Floats p = all(-5.70498872745e-3f);
+  p = fma(p, square, all(2.06390887954e-2f));
+  p = fma(p, square, all(-5.37397155531e-2f));
+  p = fma(p, square, all(1.33314422036e-1f));
+  p = fma(p, square, all(-3.33332819422e-1f));
+  const Floats below = fma(mul(p, square), far, far);
+  return with_sign(choose(far, limit, below, above), x);
 }
 
 // The sum of all lanes, always in the same order.

@@ -12,95 +12,25 @@ from hypothesis import strategies as st
 from chunkcache.attention import choice, reference
 from chunkcache.attention.batch import Batch
 from chunkcache.attention.groups import Decisions, Gate, group_rows
-from chunkcache.attention.partial import States, Total, finish, fold, keeps_rows, natural, partial
+from chunkcache.attention.partial import (
+    Mask,
+    States,
+    Total,
+    finish,
+    fold,
+    keeps_rows,
+    natural,
+    partial,
+)
+from chunkcache.attention.rule import Rule
 from chunkcache.attention.torch_kernel import TorchKernel
 from chunkcache.attention.workspace import Workspace, padded_size
 from chunkcache.errors import ConfigError
-from chunkcache.kv import Arena, ChunkLayout, LayerShape, Pool
-from chunkcache.kv.sequence import Sequence
+from chunkcache.kv import ChunkLayout, LayerShape
 from chunkcache.native import library
 from chunkcache.native.library import SETS, libraries
+from tests.attention.world import KERNELS, TOLERANCE, World, agree, cut_in_every_way
 from tests.models import DEVICE, TYPES
-
-TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-
-
-KERNELS = {"torch": TorchKernel}
-if DEVICE == "cpu":
-    KERNELS |= {name: choice.sound(name, torch.float32) for name in libraries()[0]}
-
-
-@pytest.fixture(params=KERNELS)
-def kernel(request):
-    """Every kernel that runs on the device."""
-    return KERNELS[request.param]
-
-
-def agree(ours, theirs):
-    """Bit-equal where the rows of a product are invariant, which only CPUs promise."""
-    if DEVICE == "cpu":
-        return torch.equal(ours, theirs)
-    return (ours.double() - theirs.double()).abs().max() < 2 * TOLERANCE[ours.dtype]
-
-
-class World:
-    """One long sequence, its chunks in a pool, and its attention done at once."""
-
-    def __init__(self, heads, folded, dim, chunk, length, dtype, kernel=TorchKernel, wide=None):
-        wide = wide or dim
-        torch.manual_seed(0)
-        self.layout = ChunkLayout(
-            (LayerShape(heads, dim, wide),), chunk, dtype, torch.device(DEVICE)
-        )
-        self.length, self.chunk = length, chunk
-        self.kernel = kernel
-        self.keys = torch.randn(heads, length, dim).to(dtype).to(DEVICE)
-        self.values = torch.randn(heads, length, wide).to(dtype).to(DEVICE)
-        self.query = torch.randn(1, heads * folded, length, dim).to(dtype).to(DEVICE)
-        self.scaling = dim**-0.5
-        self.pool = Pool(self.layout, self.layout.chunk_bytes * 1000)
-        whole = self.batch([])
-        self.full = self.forward(whole, 0, length)
-        self.arena = whole.arena
-
-    def batch(self, runs, gate=None):
-        kernel = self.kernel(self.layout)
-        return Batch(self.layout, [self.sequence(runs)], Arena(self.layout), kernel, gate)
-
-    def sequence(self, runs):
-        tokens = sum(map(len, runs)) * self.chunk
-        return Sequence(self.chunk, list(range(tokens)), tuple(runs))
-
-    def runs(self, *lengths):
-        """The first chunks of the sequence, in pool runs of these lengths."""
-        found, at = [], 0
-        for length in lengths:
-            run = self.pool.allocate(length)
-            for to, source in zip(run.layer(0), self.arena.layer(0), strict=True):
-                to.copy_(source[at : at + length])
-            found.append(run)
-            at += length
-        return found
-
-    def forward(self, batch, begin, end):
-        """New tokens begin .. end of a one-row batch."""
-        batch.begin([list(range(begin, end))])
-        batch.write(0, self.keys[None, :, begin:end], self.values[None, :, begin:end])
-        out = batch.attend(0, self.query[:, :, begin:end], self.scaling)
-        batch.end()
-        return out[0]
-
-    def step(self, batch):
-        """One token for each row of a batch, at each row's own position."""
-        at = batch.positions
-        batch.begin([[position] for position in at])
-        pick = torch.tensor(at, device=DEVICE)
-        new = lambda tensor: tensor[:, pick].transpose(0, 1).unsqueeze(2)  # noqa: E731
-        batch.write(0, new(self.keys), new(self.values))
-        out = batch.attend(0, new(self.query[0]), self.scaling)
-        batch.end()
-        return at, out[:, 0]
-
 
 SHAPES = [
     (4, 4, 64, 64),
@@ -117,22 +47,13 @@ CASES = [(name, shape) for name in KERNELS for shape in SHAPES + ODD]
 @pytest.mark.parametrize("shape", SHAPES + ODD, ids=str)
 def test_the_reference_agrees(shape, dtype, kernel):
     world = World(*shape, length=3 * shape[3] + 5, dtype=dtype, kernel=kernel)
-    expected = reference.attend(
-        world.query[0].double(),
-        world.keys.double(),
-        world.values.double(),
-        torch.arange(world.length, device=DEVICE),
-        world.scaling,
-    )
-    assert (world.full.double() - expected).abs().max() < TOLERANCE[dtype]
+    assert (world.full.double() - world.expected()).abs().max() < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dims", [(24, 40), (40, 24), (7, 33)], ids=str)
 def test_values_may_be_wider_or_narrower_than_keys(dims, kernel):
     world = World(2, 2, dims[0], 16, 60, torch.float32, kernel=kernel, wide=dims[1])
-    at = torch.arange(60, device=DEVICE)
-    expected = reference.attend(world.query[0], world.keys, world.values, at, world.scaling)
-    torch.testing.assert_close(world.full, expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(world.full.double(), world.expected(), atol=2e-6, rtol=1e-5)
     together = Batch.join([world.batch(world.runs(2)) for _ in range(3)])
     at, out = world.step(together)
     torch.testing.assert_close(out, world.full[at], atol=2e-6, rtol=1e-5)
@@ -158,35 +79,12 @@ def test_more_rows_than_fit_in_a_tile(kernel):
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_no_cut_no_company_no_layout_shows(name, shape, dtype, data):
-    chunk = shape[3]
-    # Of the native kernels' segments: two runs end inside one, one at its end.
-    segment = max(1, 512 // chunk)
-    world = World(*shape, length=(segment + 3) * chunk + 3, dtype=dtype, kernel=KERNELS[name])
+    length = (max(1, 512 // shape[3]) + 3) * shape[3] + 3
+    world = World(*shape, length=length, dtype=dtype, kernel=KERNELS[name])
     if not world.kernel(world.layout).keeps_rows:
         assert name == "torch" and dtype == torch.float32 and shape in ODD
         return
-    cuts = ((4,), (1, 3), (2, 1, 1), (3,), (segment,), (segment, 2), (1, segment + 1))
-    layouts = [world.runs(*lengths) for lengths in cuts if sum(lengths) <= segment + 2]
-    rows = []
-    for _ in range(data.draw(st.integers(1, 6))):
-        runs = data.draw(st.sampled_from(layouts))
-        runs = runs[: data.draw(st.integers(0, len(runs)))]
-        batch = world.batch(runs)
-        start = batch.sequences[0].length
-        end = data.draw(st.integers(start, world.length - 4))
-        while (at := batch.sequences[0].length) < end:
-            size = data.draw(st.integers(1, end - at))
-            assert agree(world.forward(batch, at, at + size), world.full[at : at + size])
-        rows.append(batch)
-    together = Batch.join(rows)
-    together.gate = Gate(data.draw(st.booleans()), data.draw(st.integers(2, 3)), 1)
-    for _ in range(3):
-        at, out = world.step(together)
-        assert agree(out, world.full[at])
-    order = data.draw(st.permutations(range(together.rows)))
-    together = together.select(order)
-    at, out = world.step(together)
-    assert agree(out, world.full[at])
+    cut_in_every_way(world, data)
 
 
 def test_native_kernels_are_built_where_they_can_be():
@@ -228,7 +126,7 @@ def test_native_kernels_refuse_what_they_could_not_read(name):
         batch = world.batch([])
         batch.begin([list(range(10))])
         with pytest.raises(ValueError, match="layer 0"):
-            batch.attend(0, wrong, scaling)
+            batch.attend(0, wrong, Rule(scaling))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -257,15 +155,8 @@ def test_scores_of_any_size(kernel):
     world = World(1, 1, 16, 16, 40, torch.float32, kernel=kernel)
     for scale in (1e-4, 30.0, 3000.0):
         world.query *= scale
-        expected = reference.attend(
-            world.query[0].double(),
-            world.keys.double(),
-            world.values.double(),
-            torch.arange(40, device=DEVICE),
-            world.scaling,
-        )
         out = world.forward(world.batch([]), 0, 40)
-        torch.testing.assert_close(out.double(), expected, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(out.double(), world.expected(), atol=2e-3, rtol=2e-3)
         world.query /= scale
 
 
@@ -343,7 +234,7 @@ def test_states_are_the_textbooks():
     hidden = torch.zeros(1, 1, 4, 16, dtype=torch.bool, device=DEVICE)
     hidden[:, :, 0] = True
     space = Workspace(torch.device(DEVICE))
-    padded = natural(partial(query, keys, values, 0.5, space, "t", hidden))
+    padded = natural(partial(query, keys, values, Rule(0.5), space, "t", [Mask(2, hidden)]))
     states = States(*(tensor[:, :, :4] for tensor in padded))
     scores = torch.einsum("xhrd,nhdc->nhrc", query, keys) * 0.5
     torch.testing.assert_close(states.m[:2], scores[:2].amax(-1))
@@ -368,11 +259,11 @@ def test_a_small_product_gives_the_bits_of_a_large_one(shape, dtype):
     keys = torch.randn(300, heads, dim, chunk).to(dtype)
     values = torch.randn(300, heads, chunk, dim).to(dtype)
     space, other = Workspace(torch.device("cpu")), Workspace(torch.device("cpu"))
-    whole = partial(query, keys, values, dim**-0.5, space, "t")
+    whole = partial(query, keys, values, Rule(dim**-0.5), space, "t")
     for rows in (1, 2, 5, 9):
         for at in range(300):
             one = (query[:, :, :rows], keys[at : at + 1], values[at : at + 1])
-            alone = partial(*one, dim**-0.5, other, "t")
+            alone = partial(*one, Rule(dim**-0.5), other, "t")
             for ours, theirs in zip(alone, whole, strict=True):
                 assert torch.equal(ours[0, :, :rows], theirs[at, :, :rows])
 
@@ -390,7 +281,7 @@ def test_a_row_may_stand_anywhere(columns, dtype):
     for dim in (8, 20, 64):
         query = torch.randn(1, 2, 13, dim).to(dtype)
         keys, values = torch.randn(5, 2, dim, columns), torch.randn(5, 2, columns, dim)
-        others = (keys.to(dtype), values.to(dtype), dim**-0.5, space)
+        others = (keys.to(dtype), values.to(dtype), Rule(dim**-0.5), space)
         whole = [part.clone() for part in partial(query, *others, "t")]
         for shift in (1, 2, 3, 6):
             moved = partial(query.roll(shift, 2), *others, "t")
@@ -406,7 +297,7 @@ def test_merging_needs_no_order_of_calls_to_be_right():
         [torch.full((1, 4, 8), scale, device=DEVICE) for scale in (-40.0, 40.0, 0.0)]
     )
     values = torch.arange(3.0, device=DEVICE).view(3, 1, 1, 1).expand(3, 1, 8, 4).contiguous()
-    states = partial(query, keys, values, 1.0, space, "t")
+    states = partial(query, keys, values, Rule(1.0), space, "t")
     maximum = states.m.amax(0)[:, :4]
     total = Total.zeros(1, 4, 4, like=query)
     fold(total, states, maximum, space)
