@@ -184,7 +184,7 @@ def _table(title: str, first: str, *numbers: str) -> Table:
     return table
 
 
-def columns(title: str, names: Sequence[str], rows: Iterable[Sequence[str]]) -> RenderableType:
+def columns(title: str, names: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A table whose first column is text and whose others are aligned right."""
     table = _table(title, names[0], *names[1:])
     for row in rows:
