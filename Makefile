@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 PYTEST := $(BIN)/python -m pytest -p no:cacheprovider
 BENCHMARKS := $(patsubst benchmarks/%.py,benchmarks.%,$(sort $(wildcard benchmarks/bench_*.py)))
 
-.PHONY: help env demo test lint types docs bench oldest stress clean
+.PHONY: help env demo test lint types docs bench oldest stress fuzz clean
 
 help:
 	@echo "make demo    install into .venv and show the cache at work on the built-in model"
@@ -19,10 +19,11 @@ help:
 	@echo "make env     only install"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make types   mypy"
-	@echo "make docs    write docs/cli.md anew"
+	@echo "make docs    write docs/cli.md and docs/models.md anew"
 	@echo "make bench   run the benchmarks one by one"
 	@echo "make oldest  the tests that touch torch and transformers, with the oldest versions of both"
 	@echo "make stress  a million random steps on the prefix tree"
+	@echo "make fuzz    thousands of random requests to every architecture"
 	@echo "make clean   remove what builds and tools left behind, except .venv"
 
 env: $(READY)
@@ -53,6 +54,7 @@ types: env
 
 docs: env
 	$(BIN)/python docs/generate_cli.py
+	$(BIN)/python -m docs.generate_models
 
 bench: env
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m $$name; done
@@ -67,6 +69,9 @@ oldest:
 
 stress: env
 	CHUNKCACHE_STEPS=1000000 $(PYTEST) tests/tree/test_random.py
+
+fuzz: env
+	CHUNKCACHE_FUZZ=1000 $(PYTEST) tests/hf/test_zoo.py -k history
 
 clean:
 	rm -rf build dist *.egg-info chunkcache/native/*.so $(READY) .mypy_cache .ruff_cache .pytest_cache .hypothesis

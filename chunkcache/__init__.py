@@ -19,6 +19,7 @@ _HOMES = {
     "chunkcache.hf": ("CachedModel", "verify", "wrap"),
     "chunkcache.lab": ("Reuse", "Stats", "TreeRow", "VerifyReport"),
     "chunkcache.errors": (
+        "AdapterStateError",
         "AlreadyWrappedError",
         "AttentionMaskError",
         "ChunkcacheError",

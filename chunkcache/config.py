@@ -8,6 +8,10 @@ from typing import Literal
 
 from chunkcache.errors import ConfigError
 
+_COUNTS = (
+    "chunk_size", "two_phase_rows", "two_phase_tokens", "prefill_step", "border", "snapshot_interval",
+)  # fmt: skip
+_PROMPT, _SHARE = 2048, 4  # tokens whose snapshots may take one part in so many of their budget
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -44,7 +48,12 @@ class Config:
         two_phase_rows: the fewest sequences for which that product is formed.
         two_phase_tokens: the fewest shared tokens for which it is formed.
         prefill_step: most tokens of one prefill forward.
-        border: where prefill is cut if row invariance does not hold (the fallback of exact mode).
+        border: where prefill is cut if row invariance does not hold (the fallback of exact mode):
+            at its multiples. By default at every chunk.
+        snapshot_interval: models with recurrent state can be resumed only where a snapshot of it was
+            taken: at the end of each prompt, where prompts part, and every so many tokens. By
+            default as often as a quarter of their budget allows in a prompt of 2,048 tokens.
+        snapshot_bytes: budget of snapshots, out of `device_bytes`; by default half of it.
         exactness: "auto" probes for row invariance; "borders" forces the fallback.
         kernel: of attention and linear layers: "auto" takes the fastest that runs here, "native"
             insists on compiled attention, "torch" avoids compiled code. What differs in the last
@@ -62,7 +71,9 @@ class Config:
     two_phase_rows: int = 4
     two_phase_tokens: int = 256
     prefill_step: int = 1024
-    border: int = 512
+    border: int | None = None
+    snapshot_interval: int | None = None
+    snapshot_bytes: int | str | None = None
     exactness: Literal["auto", "borders"] = "auto"
     kernel: Literal["auto", "native", "torch"] = "auto"
     keep_answers: bool = True
@@ -77,13 +88,15 @@ class Config:
             raise ConfigError(f"kernel is {self.kernel!r}; it can be 'auto', 'native' or 'torch'")
         if self.policy not in ("lru", "lfu"):
             raise ConfigError(f"policy is {self.policy!r}; it can be 'lru' or 'lfu'")
-        for name in ("chunk_size", "two_phase_rows", "two_phase_tokens", "prefill_step", "border"):
+        for name in _COUNTS:
             value = getattr(self, name)
+            if value is None and name in ("border", "snapshot_interval"):
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number above 0")
         if self.chunk_size > 1024:
             raise ConfigError(f"chunk_size is {self.chunk_size}; at most 1024 tokens make a chunk")
-        if self.border % self.chunk_size:
+        if self.cut % self.chunk_size:
             raise ConfigError(
                 f"border ({self.border}) must be a multiple of chunk_size ({self.chunk_size})"
             )
@@ -92,8 +105,32 @@ class Config:
                 "stores: this version keeps chunks on the device only; leave it empty"
             )
         object.__setattr__(self, "device_bytes", parse_bytes(self.device_bytes))
+        if self.snapshot_bytes is not None:
+            object.__setattr__(self, "snapshot_bytes", parse_bytes(self.snapshot_bytes))
+        if not 0 <= self.snapshot_budget < max(1, self.budget):
+            raise ConfigError(
+                f"snapshot_bytes is {self.snapshot_budget}, but it is a part of device_bytes "
+                f"({self.budget})"
+            )
 
     @property
     def budget(self) -> int:
         """`device_bytes` as a number."""
         return parse_bytes(self.device_bytes)
+
+    @property
+    def snapshot_budget(self) -> int:
+        """`snapshot_bytes` as a number."""
+        return self.budget // 2 if self.snapshot_bytes is None else parse_bytes(self.snapshot_bytes)
+
+    def interval(self, bytes: int) -> int:
+        """Tokens between snapshots of so many bytes; a multiple of the border."""
+        wanted = self.snapshot_interval
+        if wanted is None:
+            wanted = _PROMPT * bytes * _SHARE // max(1, self.snapshot_budget)
+        return max(1, -(-wanted // self.cut)) * self.cut
+
+    @property
+    def cut(self) -> int:
+        """Tokens between borders."""
+        return self.chunk_size if self.border is None else self.border

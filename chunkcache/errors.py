@@ -12,6 +12,7 @@ ChunkcacheError
 ├── ModelStateError             the model is not what was wrapped (RuntimeError)
 │   ├── TrainingModeError       model.train() is on
 │   ├── ModelChangedError       moved, re-typed or restructured since it was wrapped
+│   ├── AdapterStateError       adapters that are merged and switched off at once
 │   ├── AlreadyWrappedError     wrap() of what is wrapped already
 │   └── ClosedError             used after close()
 ├── PoolExhaustedError          the byte budget cannot hold what was asked for (MemoryError)
@@ -76,6 +77,10 @@ class TrainingModeError(ModelStateError):
 
 class ModelChangedError(ModelStateError):
     """The model was moved, re-typed or restructured after wrapping: wrap it again."""
+
+
+class AdapterStateError(ModelStateError):
+    """Adapters are merged and switched off at once: call unmerge_adapter() first."""
 
 
 class AlreadyWrappedError(ModelStateError):

@@ -13,7 +13,7 @@ import click
 from chunkcache import __version__
 from chunkcache.errors import ChunkcacheError
 
-_COMMANDS = ("serve", "demo", "report", "tree", "verify")
+_COMMANDS = ("serve", "demo", "report", "tree", "verify", "plan")
 
 
 class LazyGroup(click.Group):

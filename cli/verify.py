@@ -16,9 +16,9 @@ from .loading import dtype_option, load
 @click.pass_context
 def command(ctx: click.Context, model: str, dtype: str, as_json: bool) -> None:
     """Prove on MODEL that reusing KV changes nothing, or say why not (exit code 1)."""
-    loaded, _ = load(model, dtype)
+    loaded, _ = load(model, dtype, tokens=False)
     from chunkcache import verify
-    from chunkcache.lab.render import console, pairs
+    from chunkcache.lab.render import console, pairs, size
 
     report = verify(loaded)
     if as_json:
@@ -27,10 +27,12 @@ def command(ctx: click.Context, model: str, dtype: str, as_json: bool) -> None:
         values = {
             "model type": report.model_type,
             "supported": "yes" if report.supported else "no",
-            "tier": report.tier,
+            "tier": f"{report.tier}: {report.tier_name}",
             "bit-exact": report.bit_exact,
             "largest logit error": f"{report.max_logit_error:.2e}",
             "number type": report.dtype,
+            "a token takes": size(report.details.get("token_bytes", 0)),
+            "a snapshot takes": size(report.details.get("snapshot_bytes", 0)),
             "attention kernel": report.details.get("kernel", "none"),
             "linear layers": report.details.get("linear", "none"),
             "reason": report.reason,

@@ -73,13 +73,6 @@ FULL_ATTENTION: dict[str, dict[str, Any]] = {
     "cohere": _BASE,
 }
 _ALIASES = {"mha": "llama", "mqa": "llama"}
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "gemma2": (_BASE | {"sliding_window": 8, "head_dim": 16}, "SlidingWindow"),
-    "mistral": (_BASE | {"sliding_window": 8}, "SlidingWindow"),
-    "bloom": ({"vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 2, "n_head": 4}, "own code"),
-    "mamba": ({"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2}, "Linear"),
-    "gptj": (_GPT | {"rotary_dim": 8}, "own code"),
-}
 
 
 @cache

@@ -30,7 +30,6 @@ _REFUSED: dict[str, str] = {
     "custom_generate": "another decoding loop may use the cache in ways that were not proved",
     "prefill_chunk_size": "the wrapper cuts prefill itself (Config.prefill_step)",
     "negative_prompt_ids": "classifier-free guidance runs the model with a cache of its own",
-    "token_type_ids": "token types are not part of the prefix",
     "output_attentions": "attention weights are never formed",
     "output_hidden_states": "hidden states of reused tokens are not computed",
     "position_ids": "positions follow from the prompt",
@@ -61,19 +60,35 @@ _CONFIG = set(vars(GenerationConfig()))
 _CALL = set(inspect.signature(GenerationMixin.generate).parameters) - {"self", "kwargs"}
 
 
-def refuse(kwargs: dict[str, Any], *configs: GenerationConfig | None) -> None:
-    """Raises UnsupportedRequestError for arguments that cannot be combined with reuse."""
-    unknown = kwargs.keys() - _CONFIG - _CALL - _REFUSED.keys() - _OURS
+def known_arguments() -> set[str]:
+    """Names that generate() takes or that are refused by name: everything else goes to a forward."""
+    return _CONFIG | _CALL | _REFUSED.keys() | _OURS | {"input_ids", "decoder_input_ids"}
+
+
+def answer_length(answer: list[int], ends: set[int]) -> int:
+    """Tokens of a generated row, with its end; what follows is padding."""
+    return next((at + 1 for at, token in enumerate(answer) if token in ends), len(answer))
+
+
+def refuse(
+    kwargs: dict[str, Any], *configs: GenerationConfig | None, also: frozenset[str] = frozenset()
+) -> None:
+    """Raises UnsupportedRequestError for arguments that cannot be combined with reuse.
+
+    Args:
+        also: names that are known besides those of generate().
+    """
+    unknown = kwargs.keys() - _CONFIG - _CALL - _REFUSED.keys() - _OURS - also
     if unknown:
         raise UnsupportedRequestError(
-            f"{sorted(unknown)}: only token ids are part of a stored prefix, so nothing else may go "
-            "to the model's forward"
+            f"{sorted(unknown)}: neither generate() nor this model's forward takes an argument of "
+            "that name"
         )
     for name, why in _REFUSED.items():
         value = setting(name, kwargs, *configs)
         if value is not None and value is not False:
             raise UnsupportedRequestError(f"{name} cannot be used with a wrapped model: {why}")
-    if setting("use_cache", kwargs, *configs) is False:
+    if setting("use_cache", kwargs, *configs[:1]) is False:  # some models say so by default
         raise UnsupportedRequestError("use_cache=False leaves nothing to wrap; use the plain model")
     if (setting("guidance_scale", kwargs, *configs) or 1) != 1:
         raise UnsupportedRequestError(
@@ -95,18 +110,10 @@ def read_prompts(
     Raises:
         InvalidTokensError, EmptyPromptError, AttentionMaskError, PromptTooLongError
     """
-    if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2:
-        raise InvalidTokensError("input_ids must be a tensor of shape [rows, tokens]")
-    if input_ids.dtype not in (torch.int64, torch.int32):
-        raise InvalidTokensError(f"input_ids must be integers, not {input_ids.dtype}")
-    if 0 in input_ids.shape:
-        raise EmptyPromptError("a prompt needs at least one token")
+    check_ids(input_ids, model)
     pads = _pads(_mask(input_ids, mask, pad))
     rows = [ids[skip:] for ids, skip in zip(input_ids.tolist(), pads, strict=True)]
-    vocabulary = model.get_input_embeddings().weight.shape[0]
     for row in rows:
-        if not 0 <= min(row) <= max(row) < vocabulary:
-            raise InvalidTokensError(f"token ids must be from 0 to {vocabulary - 1}")
         if limit is not None and len(row) > limit:
             raise PromptTooLongError(
                 f"the prompt has {len(row)} tokens, the model {limit} positions"
@@ -115,6 +122,19 @@ def read_prompts(
     for row, skip in zip(ones, pads, strict=True):
         row[:skip] = 0
     return Prompts(rows, pads, ones)
+
+
+def check_ids(input_ids: Any, model: PreTrainedModel) -> None:
+    """Raises InvalidTokensError or EmptyPromptError for what is no batch of token ids."""
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2:
+        raise InvalidTokensError("input_ids must be a tensor of shape [rows, tokens]")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise InvalidTokensError(f"input_ids must be integers, not {input_ids.dtype}")
+    if 0 in input_ids.shape:
+        raise EmptyPromptError("a prompt needs at least one token")
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocabulary:
+        raise InvalidTokensError(f"token ids must be from 0 to {vocabulary - 1}")
 
 
 def _mask(input_ids: torch.Tensor, mask: torch.Tensor | None, pad: Any) -> torch.Tensor:

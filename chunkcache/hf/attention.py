@@ -1,4 +1,8 @@
-"""The attention function that transformers calls by name, and the arguments it must not ignore."""
+"""The attention function that transformers calls by name: what a layer's scores are, and who computes.
+
+What the function is told decides, not the class of the model: windows, soft caps and sinks come as
+arguments, latent keys show in what the layer stores. What it does not know it refuses.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,14 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
+from chunkcache.attention.rule import Rule
 from chunkcache.errors import UnsupportedModelError
 from chunkcache.hf.cache import NOTE, Note
+from chunkcache.hf.latent import Absorbed
+from chunkcache.hf.running import latest
 
 NAME = "chunkcache"
 _CHANGES_SCORES = {
-    "sliding_window": "a sliding window",
-    "softcap": "soft-capped scores",
-    "s_aux": "attention sinks",
     "position_bias": "a position bias",
     "alibi": "ALiBi biases",
     "head_mask": "a head mask",
@@ -37,7 +41,7 @@ def chunk_attention(
 
     Args:
         query: `[rows, query_heads, tokens, dim]`; key and value: the new tokens' own, as the cache
-            handed them back.
+            handed them back, or made of these (latent attention).
 
     Returns:
         `[rows, tokens, query_heads, value_dim]`, zero for rows and tokens that are padding; no weights.
@@ -45,32 +49,77 @@ def chunk_attention(
     Raises:
         UnsupportedModelError: for anything this function would have to ignore.
     """
+    _check(module, attention_mask, is_causal, kwargs)
     note: Note | None = getattr(key, NOTE, None)
-    model_type = str(getattr(getattr(module, "config", None), "model_type", "this model"))
+    note = note or latest(module)
     if note is None:
-        raise UnsupportedModelError(
-            model_type,
-            "keys are rebuilt between the cache and attention (latent or shared KV), "
-            "which this version cannot follow",
-        )
+        raise _refusal(module, "its attention runs without the cache")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rule = _rule(module, note, scale, kwargs)
+    shape = note.batch.layout.attention(note.layer)
+    if not shape.latent:
+        if not hasattr(key, NOTE):
+            raise _refusal(module, "keys are rebuilt between the cache and attention")
+        return _attend(note, query, rule), None
+    absorbed = Absorbed.of(module, query, key, value, shape)
+    if absorbed is None:
+        raise _refusal(module, "no plain linear layer expands its latent keys and values")
+    return absorbed.leave(_attend(note, absorbed.enter(query), rule)), None
+
+
+def _attend(note: Note, query: torch.Tensor, rule: Rule) -> torch.Tensor:
+    batch, width = note.batch, note.columns
+    asked = query.shape[2]
+    if asked < width:  # only the last tokens are wanted (Gemma 4, behind its last own keys)
+        query = torch.nn.functional.pad(query, (0, 0, width - asked, 0))
+    real = query[: batch.rows, :, : batch.new_tokens]
+    out = batch.attend(note.layer, real, rule)
+    if real.shape != query.shape:
+        padded = out.new_zeros((query.shape[0], query.shape[2], *out.shape[2:]))
+        padded[: out.shape[0], : out.shape[1]] = out
+        out = padded
+    return out[:, width - asked :]
+
+
+def _rule(module: torch.nn.Module, note: Note, scaling: float, kwargs: dict[str, Any]) -> Rule:
+    window, span = kwargs.get("sliding_window"), None
+    if note.window is not None:  # what the layer's cache would keep; masks follow the same setting
+        if _chunked(module):
+            window, span = None, note.window
+        else:
+            window = note.window
+    return Rule(scaling, window, span, kwargs.get("softcap"), kwargs.get("s_aux"))
+
+
+def _chunked(module: torch.nn.Module) -> bool:
+    """Whether a layer attends inside fixed spans of positions (Llama4), as the configuration says."""
+    kinds = getattr(getattr(module, "config", None), "layer_types", None)
+    index = getattr(module, "layer_idx", None)
+    if not kinds or not isinstance(index, int) or index >= len(kinds):
+        return False
+    return bool(kinds[index] == "chunked_attention")
+
+
+def _check(
+    module: torch.nn.Module,
+    attention_mask: torch.Tensor | None,
+    is_causal: bool | None,
+    kwargs: dict[str, Any],
+) -> None:
     for name, what in _CHANGES_SCORES.items():
         if kwargs.get(name) is not None:
-            raise UnsupportedModelError(model_type, f"its attention uses {what}")
+            raise _refusal(module, f"its attention uses {what}")
     if is_causal is False or getattr(module, "is_causal", True) is False:
-        raise UnsupportedModelError(model_type, "its attention is not causal")
+        raise _refusal(module, "its attention is not causal")
     if attention_mask is not None:
-        raise UnsupportedModelError(model_type, "it builds its own attention mask")
+        raise _refusal(module, "it builds its own attention mask")
     if kwargs.get("output_attentions"):
-        raise UnsupportedModelError(model_type, "attention weights are never formed")
-    batch, layer = note
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    real = query[: batch.rows, :, : batch.new_tokens]
-    out = batch.attend(layer, real, scale)
-    if real.shape == query.shape:
-        return out, None
-    padded = out.new_zeros((query.shape[0], query.shape[2], *out.shape[2:]))
-    padded[: out.shape[0], : out.shape[1]] = out
-    return padded, None
+        raise _refusal(module, "attention weights are never formed")
+
+
+def _refusal(module: torch.nn.Module, reason: str) -> UnsupportedModelError:
+    kind = getattr(getattr(module, "config", None), "model_type", "this model")
+    return UnsupportedModelError(str(kind), reason)
 
 
 def register() -> None:

@@ -10,39 +10,39 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from operator import is_
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
 
 from chunkcache.errors import ModelChangedError
-from chunkcache.hf.twin import tensors_of
+from chunkcache.hf.plain import modules_of
+from chunkcache.hf.settings import VOLATILE, freeze
+from chunkcache.hf.tensors import kind, parts, raw, tensors_of
 
 _SAMPLES = 16  # values watched per tensor
-_PLAIN = (bool, int, float, str, type(None))
-_VOLATILE = {"training", "_is_hf_initialized", "warnings_issued"}
 
 
 def digest_weights(model: PreTrainedModel) -> bytes:
     """32 bytes over names, shapes, types and contents of all tensors. O(bytes); 0.4 s per GiB and core."""
-    with ThreadPoolExecutor() as workers:  # hashing releases the interpreter lock
-        parts = workers.map(_digest_tensor, tensors_of(model))
+    whole = [*model.named_parameters(), *model.named_buffers()]
     total = hashlib.blake2b(digest_size=32)
-    for part in parts:
-        total.update(part)
+    for name, tensor in whole:
+        total.update(f"{name} {kind(tensor)} ".encode())
+    with ThreadPoolExecutor() as workers:  # hashing releases the interpreter lock
+        for part in workers.map(_digest_tensor, tensors_of(model)):
+            total.update(part)
     return total.digest()
 
 
 def _digest_tensor(item: tuple[str, torch.Tensor]) -> bytes:
     name, tensor = item
-    head = f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
-    digest = hashlib.blake2b(head, digest_size=32)
-    raw = tensor.detach().contiguous().cpu().flatten().view(torch.uint8)
-    digest.update(raw.numpy().data)
+    digest = hashlib.blake2b(f"{name} {kind(tensor)}".encode(), digest_size=32)
+    digest.update(raw(tensor).numpy().data)
     return digest.digest()
 
 
@@ -121,13 +121,22 @@ class Watch:
     Raises:
         ModelChangedError: (from `changed`) tensors were replaced, moved or re-typed, or the
             configuration, a plain attribute, a hook or a forward of a module is another.
+
+    Args:
+        twin: shares its tensors; switched: modules whose settings may change (see adapters.py).
     """
 
-    def __init__(self, model: PreTrainedModel, twin: PreTrainedModel):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        twin: PreTrainedModel,
+        switched: Iterable[torch.nn.Module] = (),
+    ):
         self._model = model
         self._config = copy.deepcopy(model.config)
-        pairs = zip(model.modules(), twin.modules(), strict=True)
-        self._modules = [_Module(module, copied) for module, copied in pairs]
+        free = set(map(id, switched))
+        pairs = zip(modules_of(model), twin.modules(), strict=True)
+        self._modules = [_Module(module, twin, id(module) in free) for module, twin in pairs]
         self._tensors = [tensor for _, tensor in tensors_of(model)]
         self._places = self._where()
         self._views = [_sample(tensor) for tensor in self._tensors]
@@ -145,7 +154,9 @@ class Watch:
             raise ModelChangedError(
                 "the model was moved, re-typed or restructured after wrapping; wrap it again"
             )
-        if self._model.config != self._config or not all(m.as_it_was() for m in self._modules):
+        if not _same(self._model.config, self._config) or not all(
+            m.as_it_was() for m in self._modules
+        ):
             raise ModelChangedError(
                 "settings, hooks or forwards of the model changed after wrapping; wrap it again"
             )
@@ -157,24 +168,36 @@ class Watch:
             return False
         return all(map(_same_bits, self._read(), self._values))
 
+    def training(self) -> bool:
+        """Whether any module is in training mode: dropout of an adapter that came after eval() is."""
+        return any(module.training for module in self._modules)
+
     def _where(self) -> list[tuple[object, ...]]:
         return [(tensor.data_ptr(), tensor.dtype, _version(tensor)) for tensor in self._tensors]
 
 
 class _Module:
-    """One module and its copy in the twin, as they were: what decides answers besides values."""
+    """One module and its copy in the twin, as they were: what decides answers besides values.
 
-    def __init__(self, module: torch.nn.Module, twin: torch.nn.Module):
+    Args:
+        free: its settings may change (a twin is made for each).
+    """
+
+    def __init__(self, module: torch.nn.Module, twin: torch.nn.Module, free: bool):
         self._module = module
         self._twin = twin
         self._children = list(module._modules.values())
         self._places = self._where()
-        self._plain = {
-            name: value
-            for name, value in module.__dict__.items()
-            if isinstance(value, _PLAIN) and name not in _VOLATILE
-        }
+        frozen = {name: freeze(value) for name, value in module.__dict__.items()}
+        plain = {name: value for name, value in frozen.items() if value is not None}
+        self._plain = {} if free else {n: v for n, v in plain.items() if n not in VOLATILE}
+        self._free = free
         self._rest = self._other()
+
+    @property
+    def training(self) -> bool:
+        """As the module says."""
+        return bool(self._module.training)
 
     def in_place(self) -> bool:
         """Whether children and tensors are the same objects in the same memory, the twin's too."""
@@ -192,24 +215,38 @@ class _Module:
             for name, tensor in ours.items():
                 if tensor is not None:
                     other = theirs[name]
-                    place = tensor.data_ptr()
-                    strides = tensor.stride() if tensor.layout == torch.strided else ()
-                    shared = other is not None and other.data_ptr() == place
-                    found.append(
-                        (name, place, tensor.dtype, tensor.device, tensor.shape, strides, shared)
-                    )
+                    twins = {} if other is None else dict(parts(name, other))
+                    for inner, part in parts(name, tensor):
+                        place = part.data_ptr()
+                        strides = part.stride() if part.layout == torch.strided else ()
+                        shared = inner in twins and twins[inner].data_ptr() == place
+                        found.append(
+                            (inner, place, part.dtype, part.device, part.shape, strides, shared)
+                        )
         return found
 
     def as_it_was(self) -> bool:
         """Whether type, plain attributes, hooks and forward are the same."""
-        now, missing = self._module.__dict__, object()
-        same = all(now.get(name, missing) == value for name, value in self._plain.items())
+        now = self._module.__dict__
+        same = all(freeze(now.get(name, now)) == value for name, value in self._plain.items())
         return same and self._other() == self._rest
 
     def _other(self) -> tuple[object, ...]:
         module = self._module
         hooks = (*module._forward_hooks, *module._forward_pre_hooks)
-        return type(module), len(module.__dict__), hooks, id(module.__dict__.get("forward"))
+        names = 0 if self._free else sum(name not in VOLATILE for name in module.__dict__)
+        return type(module), names, hooks, id(module.__dict__.get("forward"))
+
+
+def _same(ours: object, theirs: object) -> bool:
+    """Whether two configurations are equal; their own comparison fails if layers differ in width."""
+    if isinstance(ours, PreTrainedConfig) and isinstance(theirs, PreTrainedConfig):
+        return type(ours) is type(theirs) and _same(vars(ours), vars(theirs))
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return ours.keys() == theirs.keys() and all(_same(ours[k], theirs[k]) for k in ours)
+    if isinstance(ours, list | tuple) and isinstance(theirs, list | tuple):
+        return len(ours) == len(theirs) and all(map(_same, ours, theirs))
+    return bool(ours == theirs)
 
 
 def _version(tensor: torch.Tensor) -> int:

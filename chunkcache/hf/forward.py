@@ -9,6 +9,7 @@ attends to them.
 from __future__ import annotations
 
 import inspect
+import weakref
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from chunkcache.errors import UnsupportedModelError, UnsupportedRequestError
 from chunkcache.hf.cache import ChunkCache
+from chunkcache.hf.running import Running, announce
 
 _REPLACED = {"input_ids", "position_ids", "attention_mask", "cache_position"}
 
@@ -34,9 +36,11 @@ class ForwardHooks:
         self._takes_positions = "position_ids" in accepted or catch_all
         self._takes_keep = "logits_to_keep" in accepted
         self._type = str(model.config.model_type)
+        self._running = Running()
 
     def install(self, model: PreTrainedModel) -> None:
         """Registers both hooks."""
+        self._running = announce(model)
         model.register_forward_pre_hook(self.before, with_kwargs=True)
         model.register_forward_hook(self.after, with_kwargs=True)
 
@@ -48,6 +52,7 @@ class ForwardHooks:
         if not isinstance(cache, ChunkCache):
             return None
         ids = self._ids(kwargs.get("input_ids", args[0] if args else None), kwargs)
+        self._running.cache = weakref.ref(cache)
         batch = cache.batch
         positions = torch.tensor(batch.positions, device=ids.device).unsqueeze(1)
         positions = positions + torch.arange(ids.shape[1], device=ids.device)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from chunkcache.attention.batch import Batch
 from chunkcache.attention.groups import Decisions
 from chunkcache.config import Config
+from chunkcache.hf.carrier import Carried
 from chunkcache.hf.prefill import Row
 from chunkcache.hf.probe import Proof, exactness
 from chunkcache.kv.store import PrefixStore
@@ -25,7 +25,7 @@ class Ledger:
         self._lock = threading.Lock()
         self._local = threading.local()
         self._last: list[Reuse] = []
-        self._running: dict[int, Batch] = {}
+        self._running: dict[int, Carried] = {}
         self._sums: Counter[str] = Counter()
         self._misses: Counter[str] = Counter()
         self._named: dict[str, Counter[str]] = {}
@@ -35,30 +35,35 @@ class Ledger:
         self._local.last = []
 
     @contextmanager
-    def running(self, batch: Batch) -> Iterator[None]:
+    def running(self, carried: Carried) -> Iterator[None]:
         """The tails of a request are part of the statistics while it runs."""
         with self._lock:
-            self._running[id(batch)] = batch
+            self._running[id(carried)] = carried
         try:
             yield
         finally:
             with self._lock:
-                del self._running[id(batch)]
+                del self._running[id(carried)]
 
     def note(self, rows: list[Row]) -> None:
         """Counts the prompts of a request."""
-        self._local.last = reuse = [row.reuse for row in rows]
+        self.record([row.reuse for row in rows], [row.names for row in rows])
+
+    def record(self, records: list[Reuse], names: Sequence[tuple[str, ...]] = ()) -> None:
+        """Counts prompts by their records; `names`: of what was preloaded for each."""
+        self._local.last = records
         with self._lock:
-            self._last = reuse
-            for row in rows:
+            self._last = records
+            for reuse in records:
                 self._sums["requests"] += 1
-                self._sums["prompt"] += row.reuse.prompt_tokens
-                self._sums["cached"] += row.reuse.cached_tokens
-                self._misses[row.reuse.reason] += row.reuse.computed_tokens
-                for name in row.names:
+                self._sums["prompt"] += reuse.prompt_tokens
+                self._sums["cached"] += reuse.cached_tokens
+                self._misses[reuse.reason] += reuse.computed_tokens
+            for reuse, known in zip(records, names, strict=False):
+                for name in known:
                     counts = self._named.setdefault(name, Counter())
                     counts["requests"] += 1
-                    counts["cached_tokens"] += row.reuse.cached_tokens
+                    counts["cached_tokens"] += reuse.cached_tokens
 
     def generated(self, tokens: int) -> None:
         """Counts tokens of answers."""
@@ -76,13 +81,13 @@ class Ledger:
         """The sums, and what is stored now."""
         trees = store.trees()
         with self._lock:
-            tails = [batch.arena.bytes for batch in self._running.values()]
+            tails = [carried.tail_bytes for carried in self._running.values()]
             return Stats(
                 model=model,
                 mode=settings.mode,
                 exactness=exactness(proof, settings.mode),
                 kernel=proof.kernel,
-                tier="A",
+                tier=proof.tier,
                 chunk_size=settings.chunk_size,
                 token_bytes=store.layout.token_bytes,
                 requests=self._sums["requests"],

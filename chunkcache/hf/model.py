@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
-from chunkcache.attention.batch import Batch
 from chunkcache.config import Config
 from chunkcache.errors import (
     AlreadyWrappedError,
@@ -21,36 +20,41 @@ from chunkcache.errors import (
     PromptError,
     PromptTooLongError,
     TrainingModeError,
+    UnsupportedModelError,
     UnsupportedRequestError,
 )
 from chunkcache.hf import arguments
-from chunkcache.hf.cache import ChunkCache
+from chunkcache.hf.adapters import Switches
+from chunkcache.hf.carrier import Carried
 from chunkcache.hf.fingerprint import Watch, arithmetic, digest_weights, namespace
-from chunkcache.hf.forward import ForwardHooks
 from chunkcache.hf.ledger import Ledger, tree_rows
+from chunkcache.hf.others import Others, answers, is_ids, missed
+from chunkcache.hf.plain import check_around, check_model, plain_model
 from chunkcache.hf.prefill import Prefiller, Row, Space
-from chunkcache.hf.probe import (
-    Proof,
-    check_model,
-    fixed_rope_limit,
-    position_limit,
-    probe,
-)
-from chunkcache.hf.twin import make_twin
+from chunkcache.hf.probe import Proof, Prover, fixed_rope_limit, position_limit
+from chunkcache.hf.requests import Request, read_causal, read_encoded
+from chunkcache.hf.sample import short_inputs
+from chunkcache.hf.serving import Serving, Servings
 from chunkcache.kv.store import PrefixStore
 from chunkcache.lab.records import Reuse, Stats, TreeRow
 
+_TRAINING = "the model, or a part of it, is in training mode (dropout); call model.eval() first"
 
-def wrap(
-    model: PreTrainedModel, tokenizer: Any = None, config: Config | None = None
-) -> CachedModel:
+
+def wrap(model: Any, tokenizer: Any = None, config: Config | None = None) -> CachedModel:
     """Wraps a model; the model itself is left as it is.
 
     Runs the parity probe (a few short forwards) and a digest of the weights.
 
+    Args:
+        model: a transformers PreTrainedModel, a PeftModel around one, or either behind
+            `torch.compile`, whose compiled code serves plain forwards only: the wrapper's own run
+            uncompiled.
+
     Raises:
         UnsupportedModelError: nothing could be proved; the reason says why.
-        TrainingModeError: the model is in training mode.
+        TrainingModeError: the model, or a part of it, is in training mode.
+        AdapterStateError: its adapters are merged and switched off at once.
         AlreadyWrappedError: `model` is a CachedModel.
         ConfigError: the byte budget is smaller than one chunk.
     """
@@ -63,87 +67,119 @@ class CachedModel:
     Everything not defined here is the wrapped model's own, so it can stand in for it in
     `transformers.pipeline`. Thread-safe: threads generate side by side, and a prefix that several
     need at once is computed once.
+
+    Adapters may be switched between requests: each state of them has prefixes of its own, which stay.
+
+    Attributes:
+        given: what wrap() was given; model: the transformers model in it.
+        proof: what was proved for the model as the last request found it.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, settings: Config):
-        if isinstance(model, CachedModel):
+    def __init__(self, given: Any, tokenizer: Any, settings: Config):
+        if isinstance(given, CachedModel):
             raise AlreadyWrappedError("this model is wrapped already; close() it first")
+        model = plain_model(given)
         check_model(model)
-        _check_eval(model)
+        if any(module.training for module in model.modules()):
+            raise TrainingModeError(_TRAINING)
+        check_around(given, model)
+        self.given = given
         self.model = model
         self.tokenizer = tokenizer
         self.settings = settings
-        self._twin = make_twin(model)
-        self._hooks = ForwardHooks(self._twin)
-        self._hooks.install(self._twin)
-        self.proof: Proof = self._prove()
-        self.store = PrefixStore(self.proof.layout, settings.budget, settings.policy)
-        self._prefiller = Prefiller(self._twin, self.store, settings, False, self._current)
-        self._apply_proof()
         self._limit = position_limit(model)
         self._rope_limit = fixed_rope_limit(model)
+        self._others = Others(model)
+        self._switches = Switches(model)
         self._lock = threading.RLock()
+        self._one_plain = threading.Lock()
         self._epochs = itertools.count()
         self._ledger = Ledger()
         self._closed = False
-        self._fingerprint()
-
-    # -- what was proved
-
-    def _prove(self) -> Proof:
-        settings = self.settings
-        rows, kernel = settings.exactness == "auto", settings.kernel
-        size = settings.chunk_size
-        return probe(self.model, self._twin, self._hooks, size, rows=rows, kernel=kernel)
-
-    def _apply_proof(self) -> None:
-        exact = self.settings.mode == "exact"
-        self._hooks.multiple = self.proof.rows if exact and self.proof.rows else 1
-        self._prefiller.borders = exact and not self.proof.rows
+        self._servings = Servings(settings)
+        self._weights = digest_weights(model)
+        self._merged = self._switches.merged()
+        self.proof: Proof = self._prove().proof
+        self._watch = self._look()
+        self._check_still()
 
     # -- the namespace
 
-    def _fingerprint(self) -> None:
-        self._weights = digest_weights(self.model)
-        self._watch = Watch(self.model, self._twin)
-        self._space = self._next_space()
+    def _look(self) -> Watch:
+        return Watch(self.model, self.proof.carrier.model, self._switches.modules)
+
+    def _check_still(self) -> None:
+        """Refuses a model whose own forwards change it: what else does could not be told from that."""
+        try:
+            with torch.no_grad():
+                self.model(**short_inputs(self.model))
+            changed = self._watch.changed()
+        except ModelChangedError:
+            changed = True
+        if changed:
+            reason = (
+                "its forward changes its own weights or settings, so no change could be noticed"
+            )
+            raise UnsupportedModelError(str(self.model.config.model_type), reason)
 
     def _enter(self) -> Space:
-        """Where chunks of the model as it is now belong; forgets those of changed weights."""
-        with self._lock:
-            if self._watch.changed():
-                stale = self._space
-                self._fingerprint()
-                if stale.name != self._space.name:
-                    self.store.drop(stale.name)
-            if self.proof.arithmetic != arithmetic(self.model.device):
-                self.proof = self._prove()
-                self._apply_proof()
-                self._space = self._next_space()
-            return self._space
+        """Where chunks of the model as it is now belong."""
+        return self._serving().space
 
-    def _next_space(self) -> Space:
+    def _serving(self) -> Serving:
+        """What serves the model as it is now; forgets the chunks of changed weights."""
+        with self._lock:
+            self._follow_weights()
+            if self.proof.arithmetic != arithmetic(self.model.device):
+                self._servings.forget()
+            serving = self._servings.get(self._switches.state()) or self._prove()
+            self.proof = serving.proof
+            return serving
+
+    def _follow_weights(self) -> None:
+        changed, merged = self._watch.changed(), self._switches.merged()
+        if changed or merged != self._merged:
+            self._weights, self._merged = digest_weights(self.model), merged
+            self._watch = self._look()
+            if self._servings.rename(self._space):
+                self.flush()
+
+    def _prove(self) -> Serving:
+        """Proves the model with its adapters as they are."""
+        proof = Prover(self.model, self.settings).prove()
+        return self._servings.add(proof, self._space, self._current)
+
+    def _space(self, proof: Proof, prefiller: Prefiller) -> Space:
         settings = {
             "chunk_size": self.settings.chunk_size,
             "mode": self.settings.mode,
-            "rows": self.proof.rows,
-            "kernel": self.proof.kernel,
-            "linear": self.proof.linear,
-            "border": self.settings.border if self._prefiller.borders else 0,
+            "tier": proof.tier,
+            "rows": proof.rows,
+            "kernel": proof.kernel,
+            "linear": proof.linear,
+            "unit": prefiller.unit,
+            "adapters": proof.adapters,
         }
-        name = namespace(self._twin, self._weights, settings, self.settings.tenant)
+        name = namespace(proof.carrier.model, self._weights, settings, self.settings.tenant)
         return Space(name, next(self._epochs))
 
-    def _current(self) -> Space | None:
+    def _current(self, serving: Serving) -> Space | None:
         """The space that may be stored to: none after close(), or when anything is not as it was.
 
         The twin has settings and hooks of its own, so tensors and arithmetic are all that can change
         under a running request; the next one looks at the rest.
         """
         with self._lock:
-            same = self.proof.arithmetic == arithmetic(self.model.device)
-            same = same and not self._closed and self._watch.same_tensors()
-            return self._space if same else None
+            same = serving.proof.arithmetic == arithmetic(self.model.device)
+            same = same and self._servings.known(serving) and self._watch.same_tensors()
+            return serving.space if same and not self._closed else None
+
+    @property
+    def store(self) -> PrefixStore:
+        """Everything that is stored."""
+        store = self._servings.store
+        assert store is not None, "it is made with the first proof"
+        return store
 
     # -- generate
 
@@ -160,43 +196,72 @@ class CachedModel:
         """
         self._check_usable()
         self._ledger.begin()
-        own = kwargs.pop("input_ids", None)
-        configs = (generation_config, self.model.generation_config)
-        arguments.refuse(kwargs, *configs)
-        prompts = arguments.read_prompts(
-            inputs if own is None else own,
-            kwargs.pop("attention_mask", None),
-            self.model,
-            self._limit,
-            arguments.assumed_pad(kwargs, *configs),
-        )
-        copies = _copies(kwargs, *configs)
-        self._check_rope(prompts, kwargs, *configs)
-        self._twin.generation_config = self.model.generation_config
-        input_ids = inputs if own is None else own
-        ends = arguments.eos_ids(kwargs, *configs)
-        with self._open(prompts.rows) as rows:
-            cache = self._prepare(rows, prompts.pads, copies)
-            with self._ledger.running(cache.batch):
-                result = self._twin.generate(
-                    input_ids,
-                    generation_config=generation_config,
-                    attention_mask=prompts.mask,
+        inputs = self._inputs(inputs, kwargs)
+        others = self._others.take(inputs, kwargs)
+        if others:
+            return self._run_plain(others, inputs, generation_config, kwargs)
+        request = self._read(inputs, kwargs, generation_config, self.generation_config)
+        serving = self._serving()
+        generator = serving.proof.carrier.generator
+        generator.generation_config = self.generation_config
+        with self._open(request, serving) as rows:
+            cache = self._prepare(rows, request, serving.prefiller)
+            with self._ledger.running(cache):
+                result = generator.generate(
                     past_key_values=cache,
-                    **kwargs,
+                    generation_config=generation_config,
+                    **request.arguments,
+                    **kwargs | {"use_cache": True},
                 )
             self._ledger.note(rows)
-            self._keep_answers(rows, cache, ends)
+            self._keep_answers(rows, cache, request.ends, serving.prefiller)
         if getattr(result, "past_key_values", None) is not None:
             result.past_key_values = None  # its chunks may be evicted from now on
         return result
 
-    def _check_rope(self, prompts: arguments.Prompts, kwargs: Any, *configs: Any) -> None:
+    def _run_plain(
+        self, others: list[str], inputs: Any, config: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """The model's own generate(), counted as a miss; nothing is looked up or stored.
+
+        One at a time: some models keep where the images of a prompt are on themselves.
+        """
+        records = missed(inputs, kwargs.get("attention_mask"), others)
+        ids = {} if inputs is None else {"inputs": inputs}
+        with self._one_plain:
+            result = self.given.generate(generation_config=config, **ids, **kwargs)
+        self._ledger.record(records)
+        ends = arguments.eos_ids(kwargs, config, self.generation_config)
+        prompt = kwargs.get("decoder_input_ids") if self._encodes else inputs
+        width = prompt.shape[1] if is_ids(prompt) else int(self._encodes)  # a start token
+        for answer in answers(result, width):
+            self._ledger.generated(arguments.answer_length(answer, ends))
+        return result
+
+    def _inputs(self, inputs: Any, kwargs: dict[str, Any]) -> Any:
+        """The prompts, or what the encoder reads, whatever name they were given by."""
+        names = ["input_ids", self.model.main_input_name] if self._encodes else ["input_ids"]
+        named = [kwargs.pop(name) for name in dict.fromkeys(names) if name in kwargs]
+        return next((value for value in named if value is not None), inputs)
+
+    @property
+    def _encodes(self) -> bool:
+        return bool(self.model.config.is_encoder_decoder)
+
+    def _read(self, inputs: Any, kwargs: dict[str, Any], *configs: Any) -> Request:
+        """What is asked for; takes out of `kwargs` what generate() is given in another form."""
+        if self._encodes:
+            return read_encoded(inputs, kwargs, self.model, self._limit, *configs)
+        request = read_causal(inputs, kwargs, self.model, self._limit, *configs)
+        self._check_rope(request.rows, kwargs, *configs)
+        return request
+
+    def _check_rope(self, rows: list[list[int]], kwargs: Any, *configs: Any) -> None:
         if self._rope_limit is None:
             return
         new = arguments.setting("max_new_tokens", kwargs, *configs)
         longest = arguments.setting("max_length", kwargs, *configs) or 20
-        end = longest if new is None else max(map(len, prompts.rows)) + new
+        end = longest if new is None else max(map(len, rows)) + new
         if end > self._rope_limit:
             raise PromptTooLongError(
                 f"prompt and answer may reach {end} tokens, but beyond {self._rope_limit} this "
@@ -204,69 +269,66 @@ class CachedModel:
             )
 
     @contextmanager
-    def _open(self, prompts: list[list[int]]) -> Iterator[list[Row]]:
+    def _open(self, request: Request, serving: Serving) -> Iterator[list[Row]]:
         """The rows of a request, filled as far as the request's shape allows; given back at the end."""
-        space = self._enter()
+        space, prefiller = serving.space, serving.prefiller
         rows: list[Row] = []
         try:
-            for tokens in prompts:
-                row = self._prefiller.open(space, tokens)
+            for tokens, encoding in zip(request.rows, request.encodings, strict=True):
+                row = prefiller.open(space, tokens, encoding=encoding)
                 rows.append(row)
-                if len(prompts) > 1:
-                    self._fill(row, len(tokens) - 1)
+                if prefiller.carrier.alone:
+                    prefiller.finish(row)
+                elif len(request.rows) > 1:
+                    _fill(prefiller, row, len(tokens) - 1)
             yield rows
         finally:
             for row in rows:
-                self._prefiller.close(row)
+                prefiller.close(row)
 
-    def _fill(self, row: Row, until: int) -> None:
-        self._prefiller.prefill(row, until)
-        self._prefiller.publish(row)
-
-    def _prepare(self, rows: list[Row], pads: list[int], copies: int) -> ChunkCache:
+    def _prepare(self, rows: list[Row], request: Request, prefiller: Prefiller) -> Carried:
         """The cache to hand to generate(): all of each prompt but what its first forward computes.
 
         A single row leaves its last prefill step to that forward, so a prompt costs no extra step;
         several rows leave one token each, which is the same for all.
         """
-        if len(rows) == 1 and copies == 1:
-            row = rows[0]
-            start = self._prefiller.last_step(row)
-            if start > row.length:
-                self._prefiller.prefill(row, start)
+        row, copies = rows[0], request.copies
+        single = len(rows) * copies == 1 and not prefiller.carrier.alone
+        if single:
+            start = prefiller.last_step(row)
+            prefiller.prefill(row, start)
             if start == len(row.tokens) - 1:
-                self._prefiller.publish(row)
-            return ChunkCache(row.batch, pads, lambda: self._after_prefill(row))
-        if len(rows) == 1:
-            self._fill(rows[0], len(rows[0].tokens) - 1)
-        order = [number for number in range(len(rows)) for _ in range(copies)]
-        batch = Batch.join([row.batch for row in rows]) if len(rows) > 1 else rows[0].batch
-        if copies > 1:
-            batch = batch.select(order)
-        return ChunkCache(batch, [pads[number] for number in order])
+                prefiller.publish(row)
+        elif len(rows) == 1 and not prefiller.carrier.alone:
+            _fill(prefiller, row, len(row.tokens) - 1)
+        pads = [pad for pad in request.pads for _ in range(copies)]
+        joined = prefiller.carrier.join([row.carried for row in rows], copies, pads)
+        if single:
+            joined.after_prefill = lambda: _publish(prefiller, row)
+        return joined
 
-    def _after_prefill(self, row: Row) -> None:
-        self._prefiller.publish(row)
-
-    def _keep_answers(self, rows: list[Row], cache: ChunkCache, ends: set[int]) -> None:
+    def _keep_answers(
+        self, rows: list[Row], cache: Carried, ends: set[int], prefiller: Prefiller
+    ) -> None:
         """Counts what was generated and stores it, so that a next turn finds it."""
-        keep = self.settings.keep_answers and not self._prefiller.borders
-        copies = cache.batch.rows // len(rows)
-        for number, sequence in enumerate(cache.batch.sequences):
+        keep = self.settings.keep_answers and prefiller.keeps_steps
+        copies = cache.rows // len(rows)
+        for number in range(cache.rows):
             prompt = len(rows[number // copies].tokens)
-            answer = sequence.tokens[prompt:]
-            end = next((at for at, token in enumerate(answer) if token in ends), None)
-            # The last token was sampled but never run; what follows an end is padding.
-            count = len(answer) + 1 if end is None else end + 1
-            tokens = sequence.tokens[: prompt + count]
+            tokens = cache.tokens(number)
+            answer = tokens[prompt:]
+            # The last token was sampled but never run.
+            ended = any(token in ends for token in answer)
+            count = arguments.answer_length(answer, ends) + (not ended)
             self._ledger.generated(count)
             if keep:
-                self._prefiller.store_tokens(rows[0].space, cache.batch, number, tokens)
+                prefiller.store_tokens(rows[0].space, cache, number, tokens[: prompt + count])
 
     def _check_usable(self) -> None:
         if self._closed:
             raise ClosedError("this wrapper was closed; wrap the model again")
-        _check_eval(self.model)
+        if self._watch.training():
+            raise TrainingModeError(_TRAINING)
         if torch.is_autocast_enabled(self.model.device.type):
             raise UnsupportedRequestError(
                 "autocast changes the type of KV in mid-model; load the model in that type instead"
@@ -281,7 +343,7 @@ class CachedModel:
 
     def stats(self) -> Stats:
         """Sums since wrap() and what is stored now."""
-        kind, decisions = str(self.model.config.model_type), self._prefiller.decisions
+        kind, decisions = str(self.model.config.model_type), self._servings.decisions
         return self._ledger.stats(kind, self.settings, self.proof, self.store, decisions)
 
     def tree_rows(self) -> list[TreeRow]:
@@ -315,19 +377,20 @@ class CachedModel:
         self._check_usable()
         ids = self._ids(prompt)
         arguments.read_prompts(torch.tensor([ids]), None, self.model, self._limit, None)
-        space = self._enter()
-        row = self._prefiller.open(space, ids, len(ids))
+        serving = self._serving()
+        space, prefiller = serving.space, serving.prefiller
+        row = prefiller.open(space, ids, len(ids))
         try:
-            self._prefiller.prefill(row, len(ids))
-            stored = self._prefiller.publish(row, name=name, ttl=ttl)
+            prefiller.prefill(row, len(ids))
+            stored = prefiller.publish(row, name=name, ttl=ttl)
         finally:
-            self._prefiller.close(row)
-        unit = self.settings.border if self._prefiller.borders else self.settings.chunk_size
+            prefiller.close(row)
+        unit = max(prefiller.unit, self.settings.chunk_size)
         if len(ids) < unit:
             raise PromptError(f"{len(ids)} tokens were given; {unit} are the least that is stored")
         if stored < len(ids) - len(ids) % unit:
             self._check_usable()
-            if self._current() != space:
+            if self._current(serving) != space:
                 raise ModelChangedError(
                     "the model changed while the prompt was computed; preload it again"
                 )
@@ -367,36 +430,33 @@ class CachedModel:
 
     def eval(self) -> CachedModel:
         """Puts the model into evaluation mode, where it must be anyway."""
-        self.model.eval()
+        self.given.eval()
         return self
 
     @property
     def generation_config(self) -> GenerationConfig:
         """The wrapped model's own defaults for generate()."""
-        config: GenerationConfig = self.model.generation_config
+        config: GenerationConfig = self.given.generation_config
         return config
 
     @generation_config.setter
     def generation_config(self, config: GenerationConfig) -> None:
-        self.model.generation_config = config
+        self.given.generation_config = config
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "model":
+        if name.startswith("__") or name == "given":
             raise AttributeError(name)
-        return getattr(self.model, name)
+        return getattr(self.given, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A plain forward of the wrapped model, without the cache."""
-        return self.model(*args, **kwargs)
+        return self.given(*args, **kwargs)
 
 
-def _check_eval(model: PreTrainedModel) -> None:
-    if model.training:
-        raise TrainingModeError("the model is in training mode (dropout); call model.eval() first")
+def _fill(prefiller: Prefiller, row: Row, until: int) -> None:
+    prefiller.prefill(row, until)
+    prefiller.publish(row)
 
 
-def _copies(kwargs: dict[str, Any], *configs: GenerationConfig | None) -> int:
-    """Rows that generate() makes of one prompt."""
-    beams = arguments.setting("num_beams", kwargs, *configs) or 1
-    returned = arguments.setting("num_return_sequences", kwargs, *configs) or 1
-    return int(beams) if beams > 1 else int(returned)
+def _publish(prefiller: Prefiller, row: Row) -> None:
+    prefiller.publish(row)

@@ -1,23 +1,16 @@
-"""From a prompt's ids to a row whose KV is there: match, lease, prefill, publish."""
+"""From a prompt's ids to a row whose state is there: match, lease, prefill, publish."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
-import torch
-from transformers import PreTrainedModel
-
-from chunkcache.attention.batch import Batch
-from chunkcache.attention.choice import choose
-from chunkcache.attention.groups import Decisions, Gate
-from chunkcache.attention.kernel import Kernel
 from chunkcache.config import Config
-from chunkcache.hf.cache import ChunkCache
+from chunkcache.hf.carrier import Carried, Carrier, Snapshot, Source
+from chunkcache.hf.encoder import Encoding
 from chunkcache.hf.flights import Flight, Flights
-from chunkcache.kv import Arena, PoolRun
-from chunkcache.kv.sequence import Sequence
+from chunkcache.kv import PoolRun
 from chunkcache.kv.store import PrefixStore
 from chunkcache.lab.records import Reuse
 from chunkcache.tree import Lease, Match, Node, Piece
@@ -36,135 +29,209 @@ class Space(NamedTuple):
 
 @dataclass
 class Row:
-    """One prompt on its way; `Prefiller.close` gives everything back."""
+    """One prompt on its way; `Prefiller.close` gives everything back.
+
+    Attributes:
+        stops: positions at which a snapshot of the row is worth its bytes.
+        whole: the prompt runs in one piece, and nothing of it is stored.
+        taken: snapshots to be stored, by position.
+    """
 
     space: Space
     tokens: list[int]
-    batch: Batch
+    carried: Carried
     leases: list[Lease]
     reuse: Reuse
     names: tuple[str, ...] = ()
     flight: Flight | None = field(default=None, repr=False)
+    stops: frozenset[int] = frozenset()
+    whole: bool = False
+    taken: dict[int, Snapshot] = field(default_factory=dict, repr=False)
 
     @property
     def length(self) -> int:
-        """Tokens whose KV is there."""
-        return self.batch.sequences[0].length
+        """Tokens whose state is there."""
+        return self.carried.length
 
 
 class Prefiller:
     """Opens rows, fills them and stores what was computed. Thread-safe; a row belongs to one thread.
 
     Args:
-        borders: reuse and cut at multiples of `settings.border` only, and copy what is reused, so
-            that a hit runs the very same products as a miss.
-        current: the space of the model as it is now, None if nothing may be stored; KV of a model
+        carrier: carries state for the model.
+        rows: whether products do not depend on where they are cut. If they do, exactness asks to
+            reuse and cut at borders only, so that a hit runs the very same products as a miss.
+        longest: prompts longer than this are not reused; None if all may be.
+        current: the space of the model as it is now, None if nothing may be stored; state of a model
             that changed meanwhile is not stored.
     """
 
     def __init__(
         self,
-        twin: PreTrainedModel,
+        carrier: Carrier,
         store: PrefixStore,
         settings: Config,
-        borders: bool,
+        rows: int,
+        longest: int | None,
         current: Callable[[], Space | None],
     ):
-        self.twin = twin
+        self.carrier = carrier
         self.store = store
         self.settings = settings
-        self.borders = borders
+        self.longest = longest
         self.current = current
-        self.decisions = Decisions()
+        self.aligned = settings.mode == "exact" and not rows
+        whole = settings.chunk_size if not carrier.reads_in_place else 1
+        self.unit = settings.cut if self.aligned else whole
         self.flights = Flights(settings.chunk_size)
-        self._gate = Gate(settings.two_phase, settings.two_phase_rows, settings.two_phase_tokens)
+
+    @property
+    def keeps_steps(self) -> bool:
+        """Whether what decoding computed may be stored."""
+        return not self.aligned and self.carrier.reads_in_place and not self.carrier.snapshots
 
     # -- opening
 
-    def open(self, space: Space, tokens: list[int], limit: int | None = None) -> Row:
+    def open(
+        self,
+        space: Space,
+        tokens: list[int],
+        limit: int | None = None,
+        encoding: Encoding | None = None,
+    ) -> Row:
         """A row with everything that can be reused of its first `limit` tokens (all but the last)."""
+        if self.longest is not None and len(tokens) > self.longest:
+            return self._unproved(space, tokens)
+        if encoding is not None:
+            space = Space(encoding.space(space.name), space.epoch)
         limit = len(tokens) - 1 if limit is None else limit
-        tree, flight = self.store.tree(space.name), None
+        flight = None
         while flight is None:
-            stored = tree.match(tokens, limit).tokens
+            stored = self._found(space, tokens, limit)
             flight = self.flights.wait_or_start(space.name, tokens, stored)
         try:
-            return self._lease(space, tokens, limit, flight)
+            return self._lease(space, tokens, limit, flight, encoding)
         except BaseException:
             self.flights.land(flight)
             raise
 
-    def _lease(self, space: Space, tokens: list[int], limit: int, flight: Flight) -> Row:
+    def _found(self, space: Space, tokens: list[int], limit: int) -> int:
+        """Tokens that a lease would let a row start from now."""
+        if not self.carrier.snapshots:
+            return self.store.tree(space.name).match(tokens, limit).tokens
+        found = self.store.tree(space.name).snapshot_at(tokens, limit)
+        return 0 if found is None else found.position
+
+    def _unproved(self, space: Space, tokens: list[int]) -> Row:
+        """A row that reuses nothing and runs in one piece, as the plain model would."""
+        why = f"longer than {self.longest} tokens, up to which reuse is proved"
+        reuse = Reuse(len(tokens), 0, {}, 0, why)
+        return Row(space, tokens, self.carrier.open(Source([])), [], reuse, whole=True)
+
+    def _encoded(self, space: Space, encoding: Encoding, lease: Lease) -> tuple[Snapshot, int]:
+        """What is left of an encoder's input, and how many of its tokens that saved."""
+        found = lease.snapshot(0)
+        fixed = None if found is None else found.snapshot
+        if isinstance(fixed, Snapshot) and fixed.key == encoding.key:
+            return fixed, encoding.tokens
+        fixed = self.carrier.encode(encoding.inputs, encoding.key)
+        if self.may_store(space):
+            self.store.keep(space.name, [], 0, fixed)
+        return fixed, 0
+
+    def may_store(self, space: Space) -> bool:
+        """Whether the model is still what it was when the space was entered."""
+        now = self.current()
+        return now is not None and now.epoch == space.epoch
+
+    def _lease(
+        self,
+        space: Space,
+        tokens: list[int],
+        limit: int,
+        flight: Flight,
+        encoding: Encoding | None,
+    ) -> Row:
         lease = self.store.lease(space.name, tokens, limit)
         try:
-            used = lease.tokens
-            if self.borders:
-                used -= used % self.settings.border
-            batch = self._batch(tokens[:used], lease.pieces)
+            used, snapshot = lease.tokens - lease.tokens % self.unit, None
+            if self.carrier.snapshots:
+                used, snapshot = self._resumable(lease, used)
             reuse = self._reuse(len(tokens), limit, used, lease.match)
+            fixed = None
+            if encoding is not None:
+                fixed, saved = self._encoded(space, encoding, lease)
+                reuse = _with_encoder(reuse, encoding.tokens, saved)
+            source = Source(tokens[:used], _runs(lease.pieces), snapshot, fixed)
+            carried = self.carrier.open(source)
             names = _names(lease.match)
         except BaseException:
             lease.release()
             raise
-        return Row(space, tokens, batch, [lease], reuse, names, flight)
+        stops = self._stops(len(tokens), lease.tokens) if self.carrier.snapshots else frozenset()
+        return Row(space, tokens, carried, [lease], reuse, names, flight, stops)
 
-    def _batch(self, tokens: list[int], pieces: tuple[Piece, ...]) -> Batch:
-        """A row that reads whole chunks where they are, and owns a copy of a chunk used in part."""
-        layout = self.store.layout
-        whole, rest = divmod(len(tokens), layout.chunk_size)
-        if self.borders:
-            whole, rest = 0, len(tokens)
-        runs = _runs(pieces)
-        shared, behind = _cut(runs, whole)
-        sequence = Sequence(layout.chunk_size, list(tokens), tuple(shared))
-        arena = Arena(layout)
-        if rest:
-            needed = -(-rest // layout.chunk_size)
-            sequence.tail = list(arena.extend(needed))
-            at = 0
-            for run in _cut(behind, needed)[0]:
-                layers = range(len(layout.layers))
-                arena.copy_chunks([run.layer(layer) for layer in layers], at)
-                at += len(run)
-            arena.clear_behind(needed - 1, rest - (needed - 1) * layout.chunk_size)
-        return Batch(layout, [sequence], arena, self._kernel(), self._gate, self.decisions)
-
-    def _kernel(self) -> Kernel:
-        """One per row, with scratch memory of its own."""
-        # Between borders a hit runs the same products as a miss, whatever their order inside.
-        ordered = self.settings.mode == "exact" and not self.borders
-        return choose(self.store.layout, self.settings.kernel, ordered)(self.store.layout)
+    def _resumable(self, lease: Lease, limit: int) -> tuple[int, Snapshot | None]:
+        """The last position with a snapshot, and that; an encoder's, at the root, is not one."""
+        found = lease.snapshot(limit) if limit else None
+        if found is None or found.position == 0:
+            return 0, None
+        assert isinstance(found.snapshot, Snapshot)
+        return found.position, found.snapshot
 
     def _reuse(self, tokens: int, limit: int, used: int, match: Match) -> Reuse:
         found = match.tokens
         reason = str(match.reason.value)
-        if used < found:
-            reason = f"rounded down to a border of {self.settings.border} tokens"
+        if used < found - found % self.unit:
+            reason = f"{found - used} stored tokens lie behind the last snapshot"
+        elif used < found:
+            reason = f"rounded down to a border of {self.unit} tokens"
         divergence = None if found >= limit else found
         return Reuse(tokens, used, {"device": used} if used else {}, divergence, reason)
 
     # -- filling
 
     def prefill(self, row: Row, until: int) -> None:
-        """Computes KV up to token `until`, in steps, without gradients."""
+        """Computes state up to token `until`, in steps, and takes snapshots on the way."""
         while row.length < until:
-            end = min(until, self._step_end(row.length))
-            ids = torch.tensor([row.tokens[row.length : end]], device=self.twin.device)
-            cache = ChunkCache(row.batch, logits=False)
-            with torch.no_grad():
-                self.twin(input_ids=ids, past_key_values=cache, use_cache=True)
+            end = min(until, self._step_end(row, row.length))
+            self.carrier.forward(row.carried, row.tokens[row.length : end])
+            if end in row.stops:
+                row.taken[end] = row.carried.snapshot()
 
-    def _step_end(self, at: int) -> int:
-        if self.borders:
-            return (at // self.settings.border + 1) * self.settings.border
-        return at + self.settings.prefill_step
+    def _step_end(self, row: Row, at: int) -> int:
+        """Where the forward that begins at `at` ends, if the prompt is long enough."""
+        if row.whole:
+            return len(row.tokens)
+        if self.aligned:
+            return (at // self.unit + 1) * self.unit
+        end = at + self.settings.prefill_step
+        return min([end, *(stop for stop in row.stops if stop > at)])
+
+    def _stops(self, tokens: int, known: int) -> frozenset[int]:
+        """Where a prompt of so many tokens, of which `known` are stored, leaves snapshots.
+
+        Worth their bytes are the last position that a prompt like this one can be resumed at (its
+        next turn will), where others left the same path, and one in every interval.
+        """
+        size = max(self.unit, self.settings.chunk_size)
+        interval = self.settings.interval(self.carrier.state_bytes)
+        ends = {end - end % size for end in (tokens - 1, tokens, known)} - {0}
+        return frozenset(ends.union(range(interval, tokens, interval)))
 
     def last_step(self, row: Row) -> int:
         """Where the last step before the prompt's end begins."""
         at = row.length
-        while (end := self._step_end(at)) < len(row.tokens):
+        while (end := self._step_end(row, at)) < len(row.tokens):
             at = end
         return at
+
+    def finish(self, row: Row) -> None:
+        """Computes the whole prompt and stores it, if rows run alone."""
+        self.prefill(row, self.last_step(row))
+        rest = row.tokens[row.length :]
+        self.carrier.finish(row.carried, rest)
+        self.publish(row)
 
     # -- storing
 
@@ -174,52 +241,54 @@ class Prefiller:
         Returns the tokens of the row that are stored now.
         """
         try:
-            return self._publish(row, labels)
+            return 0 if row.whole else self._publish(row, labels)
         finally:
             self.land(row)
 
     def _publish(self, row: Row, labels: dict[str, object]) -> int:
-        sequence = row.batch.sequences[0]
-        tokens = sequence.tokens
-        if self.borders:  # only what a whole step computed comes out the same next time
-            tokens = tokens[: sequence.length - sequence.length % self.settings.border]
-        stored = self.store_tokens(row.space, row.batch, 0, tokens, **labels)
-        if not self.borders and stored > sequence.shared_tokens:
+        carried = row.carried
+        tokens = carried.tokens(0)
+        if self.aligned:  # only what a whole step computed comes out the same next time
+            tokens = tokens[: carried.length - carried.length % self.unit]
+        stored = self.store_tokens(row.space, carried, 0, tokens, **labels)
+        self._keep(row, stored)
+        if stored > carried.held(0):
             self._rebase(row, stored)
         return stored
 
+    def _keep(self, row: Row, stored: int) -> None:
+        """Stores the snapshots that were taken; those beyond what is stored are lost."""
+        for position, snapshot in row.taken.items():
+            if position <= stored:
+                self.store.keep(row.space.name, row.tokens, position, snapshot)
+        row.taken.clear()
+
     def store_tokens(
-        self, space: Space, batch: Batch, row: int, tokens: list[int], **labels: object
+        self, space: Space, carried: Carried, row: int, tokens: list[int], **labels: object
     ) -> int:
-        """Stores whole chunks of one row of a batch; returns how many tokens are stored now.
+        """Stores whole chunks of one row; returns how many tokens are stored now.
 
         None from the first chunk on that holds an infinity or a NaN: a product over the whole chunk
         carries it to tokens before it, so that what is stored would depend on what came behind.
         """
-        size, held = self.settings.chunk_size, batch.sequences[row].shared_tokens
+        size, held = self.settings.chunk_size, carried.held(row)
         if not labels and len(tokens) - held < size:  # all whole chunks are stored and held
             return held
-        if self.current() != space:
+        if not self.may_store(space):
             return 0
-        shared = held // size
-        tokens = tokens[: (shared + batch.finite_chunks(row)) * size]
+        held -= held % size
+        tokens = tokens[: held + carried.sound_chunks(row) * size]
 
-        def blocks(first: int, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-            return batch.tail_blocks(row, first - shared, count)
+        def blocks(first: int, count: int) -> list[tuple[Any, ...]]:
+            return carried.blocks(row, first - held // size, count)
 
         return self.store.publish(space.name, tokens, blocks, **labels).tokens  # type: ignore[arg-type]
 
     def _rebase(self, row: Row, stored: int) -> None:
-        """The row reads its stored chunks from the pool; only what is behind them stays private."""
-        sequence, layout = row.batch.sequences[0], self.store.layout
-        lease = self.store.hold(row.space.name, sequence.tokens, stored)
+        """Holds what the row stored, and lets it read that from the pool."""
+        lease = self.store.hold(row.space.name, row.carried.tokens(0), stored)
         row.leases.append(lease)
-        drop = (lease.tokens - sequence.shared_tokens) // layout.chunk_size
-        runs, _ = _cut(_runs(lease.pieces), lease.tokens // layout.chunk_size)
-        keep = sequence.tail[drop:]
-        arena = row.batch.arena.select(keep)
-        moved = Sequence(layout.chunk_size, sequence.tokens, tuple(runs), list(range(len(keep))))
-        row.batch.adopt(Batch(layout, [moved], arena, row.batch.kernel))
+        self.carrier.rebase(row.carried, lease.tokens, _runs(lease.pieces))
 
     def land(self, row: Row) -> None:
         """Others need not wait for this row any longer."""
@@ -235,24 +304,21 @@ class Prefiller:
         row.leases.clear()
 
 
+def _with_encoder(reuse: Reuse, tokens: int, saved: int) -> Reuse:
+    """The record of a decoder's prompt and of the encoder's input before it."""
+    cached = reuse.cached_tokens + saved
+    return replace(
+        reuse,
+        prompt_tokens=reuse.prompt_tokens + tokens,
+        cached_tokens=cached,
+        tiers={"device": cached} if cached else {},
+        divergence=None if reuse.divergence is None and saved == tokens else saved,
+        reason=reuse.reason if saved == tokens else "this encoder input was never seen",
+    )
+
+
 def _runs(pieces: tuple[Piece, ...]) -> list[PoolRun]:
     return [piece.run for piece in pieces if isinstance(piece.run, PoolRun)]
-
-
-def _cut(runs: list[PoolRun], chunks: int) -> tuple[list[PoolRun], list[PoolRun]]:
-    """The first `chunks` chunks of consecutive runs, and the rest."""
-    head, rest = [], []
-    for run in runs:
-        if chunks >= len(run):
-            head.append(run)
-        elif chunks > 0:
-            first, second = run.split(chunks)
-            head.append(first)
-            rest.append(second)
-        else:
-            rest.append(run)
-        chunks -= min(chunks, len(run))
-    return head, rest
 
 
 def _names(match: Match) -> tuple[str, ...]:

@@ -11,24 +11,30 @@ from __future__ import annotations
 
 import copy
 
-import torch
 from transformers import PreTrainedModel
 
 from chunkcache.errors import UnsupportedModelError
-from chunkcache.hf import attention
+from chunkcache.hf.attention import NAME, register
+from chunkcache.hf.plain import compilers, peel
 
 
-def make_twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A deep copy that shares parameters and buffers and uses chunkcache's attention.
+def make_twin(model: PreTrainedModel, attention: bool = True) -> PreTrainedModel:
+    """A deep copy that shares parameters and buffers.
+
+    Args:
+        attention: it uses chunkcache's attention, not its own.
 
     Raises:
         UnsupportedModelError: the model object cannot be copied, or refuses the attention.
     """
-    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    tensors = [*model.parameters(), *model.buffers()]
+    shared = {id(part): part for part in [*tensors, *compilers(model)]}
     try:
         twin: PreTrainedModel = copy.deepcopy(model, shared)
-        attention.register()
-        twin.set_attn_implementation(attention.NAME)
+        peel(twin)
+        if attention:
+            register()
+            twin.set_attn_implementation(NAME)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UnsupportedModelError(
             str(model.config.model_type), f"its object cannot take another attention ({error})"
@@ -40,8 +46,3 @@ def make_twin(model: PreTrainedModel) -> PreTrainedModel:
 def _check_shared(model: PreTrainedModel, twin: PreTrainedModel) -> None:
     for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
         assert ours is theirs, "the twin must share its parameters"
-
-
-def tensors_of(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Parameters and buffers with their names, in a stable order."""
-    return [*model.named_parameters(), *model.named_buffers()]

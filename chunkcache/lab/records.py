@@ -140,16 +140,28 @@ class TreeRow:
         return asdict(self)
 
 
+TIERS = {
+    "A": "two-phase attention over chunks",
+    "B": "two-phase attention, and snapshots of states",
+    "C": "copies into the model's own cache",
+    "D": "copies, and snapshots of states",
+    "E": "encoder-decoder: per input of the encoder",
+    "F": "refused",
+}
+
+
 @dataclass(frozen=True)
 class VerifyReport:
     """What the probe proved for a model.
 
     Attributes:
-        tier: "A" (two-phase, chunks per token) or "F" (refused).
+        tier: a letter of `TIERS`.
         bit_exact: "rows" (any cut, any batch), "borders" (hit equals cold) or "no".
         max_logit_error: largest difference to the model's own forward; NaN if refused early.
         rows: multiple that the rows of a forward are padded to; 0 where that does not help.
         reason: why not better, or "proved".
+        details: among others token_bytes and snapshot_bytes that are stored, the kernel, and for
+            better ways that did not prove themselves why.
     """
 
     model_type: str
@@ -160,6 +172,11 @@ class VerifyReport:
     rows: int = 0
     dtype: str = ""
     details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tier_name(self) -> str:
+        """The tier in words."""
+        return TIERS[self.tier]
 
     @property
     def supported(self) -> bool:

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from chunkcache.errors import ConfigError
 
-COMMANDS = ("serve", "demo", "report", "tree", "verify")
+COMMANDS = ("serve", "demo", "report", "tree", "verify", "plan")
 NOWHERE = "http://127.0.0.1:9"  # the discard port: nobody listens
 
 
@@ -95,16 +95,34 @@ def test_verify_the_demo() -> None:
 
 
 def test_verify_refuses_with_1(tmp_path: Path) -> None:
-    from transformers import AutoTokenizer, MambaConfig, MambaForCausalLM
+    from transformers import AutoTokenizer, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
     from chunkcache.demo import model_path
 
-    config = MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=1)
-    MambaForCausalLM(config).save_pretrained(tmp_path)
+    config = OpenAIGPTConfig(vocab_size=128, n_embd=32, n_layer=1, n_head=2)
+    OpenAIGPTLMHeadModel(config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(model_path()).save_pretrained(tmp_path)
     result = run("verify", str(tmp_path))
     assert result.exit_code == 1, result.output
-    assert "mamba" in result.stdout
+    assert "openai-gpt" in result.stdout and "takes none of past_key_values" in result.stdout
+
+
+def test_verify_an_encoder_decoder(tmp_path: Path) -> None:
+    from tests.zoo import zoo_model
+
+    zoo_model("t5").save_pretrained(tmp_path)
+    result = run("verify", str(tmp_path), "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["tier"] == "E"
+
+
+def test_verify_shows_what_a_snapshot_takes(tmp_path: Path) -> None:
+    from tests.zoo import zoo_model
+
+    zoo_model("mamba2").save_pretrained(tmp_path)
+    result = run("verify", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "a snapshot takes" in result.stdout
 
 
 def write(folder: Path, text: str) -> Path:

@@ -9,6 +9,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import chunkcache
 from chunkcache.attention.partial import partial
+from chunkcache.attention.rule import Rule
 from chunkcache.attention.workspace import Workspace
 from tests.models import (
     DEVICE,
@@ -28,7 +29,7 @@ def test_large_scores_do_not_overflow_in_float16():
     query = torch.full((1, 1, 4, 64), 40.0, dtype=torch.float16, device=DEVICE)
     keys = torch.full((1, 1, 64, 16), 40.0, dtype=torch.float16, device=DEVICE)
     values = torch.ones(1, 1, 16, 64, dtype=torch.float16, device=DEVICE)
-    states = partial(query, keys, values, 64**-0.5, Workspace(torch.device(DEVICE)), "t")
+    states = partial(query, keys, values, Rule(64**-0.5), Workspace(torch.device(DEVICE)), "t")
     assert states.m.isfinite().all() and states.o[:, :, 0].eq(16).all()
 
 
@@ -93,7 +94,7 @@ def test_a_change_during_a_preload_is_called_by_its_name():
         with torch.no_grad():
             next(model.parameters()).mul_(1)  # the version counts, whatever the values
 
-    hook = cached._twin.register_forward_hook(change)
+    hook = cached.proof.carrier.model.register_forward_hook(change)
     with pytest.raises(chunkcache.ModelChangedError, match="preload it again"):
         cached.preload(prompt(40))
     hook.remove()

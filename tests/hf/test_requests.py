@@ -7,21 +7,11 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, pipeline
 
 import chunkcache
-from tests.models import DEVICE, FULL_ATTENTION, REFUSED, build, kept, prompt, run, tiny, wrapped
+from tests.models import DEVICE, FULL_ATTENTION, build, kept, prompt, run, tiny, wrapped
 
 
 def ids_of(*rows):
     return torch.tensor([list(row) for row in rows], device=DEVICE)
-
-
-@pytest.mark.parametrize("kind", REFUSED)
-def test_unsupported_models_are_refused_with_the_cause(kind):
-    settings, cause = REFUSED[kind]
-    model = build(kind, settings)
-    with pytest.raises(chunkcache.UnsupportedModelError, match=cause):
-        chunkcache.wrap(model)
-    report = chunkcache.verify(model)
-    assert not report.supported and cause in report.reason
 
 
 def test_verify_names_tier_and_exactness():

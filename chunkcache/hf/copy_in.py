@@ -1,0 +1,351 @@
+"""Reuse by copying: the model's own cache is filled with what is stored, and its own code runs.
+
+For models whose attention no registered function reaches, or whose state is not keys and values at
+all. Every row has a cache of its own and runs its forwards alone, so padding, company and unequal
+lengths cannot reach its state (transformers pads between prefix and tail, and recurrent layers take
+that for tokens).
+
+The same products run on the same state after a hit as after a miss: prefill is cut at the same
+borders, and behind each border tensors lie in memory as they do after a resume.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
+
+from chunkcache.errors import UnsupportedRequestError
+from chunkcache.hf.call import Call
+from chunkcache.hf.carrier import Block, Carried, Carrier, Snapshot, Source
+from chunkcache.hf.form import Ends, Form, Kind, Leaf, Path
+from chunkcache.kv.layout import ChunkLayout
+from chunkcache.kv.pool import PoolRun
+from chunkcache.kv.rows import RowShape
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Facts:
+    """What the probe saw of a model's own cache.
+
+    Attributes:
+        leaves: one per tensor of `form`.
+        constants: the tensors that are the same for all sequences, by number.
+        changing: paths of the plain values that change with the tokens.
+        shapes: per tensor its shape after one chunk.
+    """
+
+    form: Form
+    leaves: tuple[Leaf, ...]
+    constants: dict[int, torch.Tensor]
+    changing: frozenset[Path]
+    shapes: tuple[torch.Size, ...]
+    types: tuple[torch.dtype, ...]
+
+    def of(self, kind: Kind) -> list[int]:
+        """Numbers of the tensors of one kind."""
+        return [number for number, leaf in enumerate(self.leaves) if leaf.kind is kind]
+
+    def row_shapes(self) -> list[RowShape]:
+        """Of the tensors that grow with the tokens, in order."""
+        return [self._shape(number) for number in self.of(Kind.ROWS)]
+
+    def _shape(self, number: int) -> RowShape:
+        leaf, shape = self.leaves[number], self.shapes[number]
+        return RowShape(leaf.per_chunk, shape.numel() // leaf.per_chunk, self.types[number])
+
+    def pack(self, number: int, tensor: torch.Tensor) -> torch.Tensor:
+        """`[rows, width]`: a growing tensor with its axis of tokens first."""
+        return tensor.movedim(self.leaves[number].axis, 0).flatten(1)
+
+    def unpack(self, number: int, rows: torch.Tensor) -> torch.Tensor:
+        """The inverse of `pack`, contiguous."""
+        axis, shape = self.leaves[number].axis, list(self.shapes[number])
+        del shape[axis]
+        return rows.reshape(len(rows), *shape).movedim(0, axis).contiguous()
+
+
+@dataclass
+class OwnRow:
+    """One sequence with a cache of the model's own; none before its first forward.
+
+    Attributes:
+        held: tokens that came from the pool; given: what else every forward gets.
+        ready: logits of the last token, `[1, 1, vocabulary]`, that generate() has yet to ask for.
+    """
+
+    tokens: list[int]
+    cache: Any = None
+    held: int = 0
+    given: dict[str, Any] = field(default_factory=dict)
+    ready: torch.Tensor | None = None
+
+
+class CopyIn(Carrier):
+    """See the module; `model` is a twin that keeps its own attention."""
+
+    reads_in_place = False
+    alone = True
+
+    def __init__(self, model: PreTrainedModel, facts: Facts, chunk_size: int):
+        super().__init__()
+        self.model = model
+        self.call = Call(model)
+        self.facts = facts
+        self.shapes = facts.row_shapes()
+        dtype = self.shapes[0].dtype if self.shapes else torch.float32
+        self.layout = ChunkLayout(tuple(self.shapes), chunk_size, dtype, model.device)
+        self.snapshots = bool(facts.of(Kind.STATE) or facts.changing)
+        self.generator = make_shell(model)
+
+    def open(self, source: Source) -> OwnCache:
+        """As the base class says."""
+        row = OwnRow(list(source.tokens), None, len(source.tokens))
+        if source.fixed is not None:
+            hidden = source.fixed.ends.tensors[0]
+            row.given = {"encoder_outputs": BaseModelOutput(last_hidden_state=hidden)}
+        if source.tokens or source.fixed is not None:
+            row.cache = self._fill(source)
+        return OwnCache(self, [row])
+
+    def encode(self, inputs: dict[str, torch.Tensor], key: bytes) -> Snapshot:
+        """What decoding needs of an encoder's input: its output, and keys and values made of that.
+
+        The decoder makes these in its first forward; so a forward of one token is run and forgotten.
+        """
+        with torch.no_grad():
+            out = self.model.get_encoder()(**inputs, return_dict=True)
+            cache = self.call([0], None, 0, {"encoder_outputs": out}).cache
+        tensors = self.facts.form.read(cache).tensors
+        kept = (tensors[number] for number in self.facts.of(Kind.FIXED))
+        return Snapshot(Ends((out.last_hidden_state, *kept), {}), key)
+
+    def _fill(self, source: Source) -> Any:
+        facts = self.facts
+        tensors = dict(facts.constants)
+        chunks = len(source.tokens) // self.layout.chunk_size
+        for layer, number in enumerate(facts.of(Kind.ROWS)):
+            tensors[number] = facts.unpack(number, self._rows(source.runs, layer, chunks))
+        plain: dict[Path, object] = {}
+        if source.snapshot is not None:
+            states = zip(facts.of(Kind.STATE), source.snapshot.ends.tensors, strict=True)
+            tensors |= {number: state.clone() for number, state in states}
+            plain |= source.snapshot.ends.plain
+        if source.fixed is not None:  # nobody changes these, so all may read the same
+            tensors |= dict(zip(facts.of(Kind.FIXED), source.fixed.ends.tensors[1:], strict=True))
+        return facts.form.write([tensors[number] for number in range(len(tensors))], plain)
+
+    def _rows(self, runs: Sequence[PoolRun], layer: int, chunks: int) -> torch.Tensor:
+        parts = [run.layer(layer)[0] for run in runs]
+        if not chunks:
+            return self.layout.allocate_layer(layer, 0)[0].flatten(0, 1)
+        return torch.cat(parts)[:chunks].flatten(0, 1)
+
+    def forward(self, carried: Carried, ids: list[int]) -> None:
+        """As the base class says."""
+        self._run(carried, ids, last=True)
+
+    def finish(self, carried: Carried, ids: list[int]) -> None:
+        """Adds the last tokens of the prompt; generate() will ask for their logits."""
+        _own(carried).sequences[0].ready = self._run(carried, ids, last=True)
+
+    def logits(self, carried: Carried, ids: list[int]) -> torch.Tensor:
+        """As the base class says."""
+        return self._run(carried, ids, last=False)[0]
+
+    def _run(self, carried: Carried, ids: list[int], last: bool) -> torch.Tensor:
+        (row,) = _own(carried).sequences
+        logits = self.advance(row, ids, last)
+        if len(row.tokens) % self.layout.chunk_size == 0:
+            self._settle(row)
+        return logits
+
+    def advance(self, row: OwnRow, ids: list[int], last: bool = True) -> torch.Tensor:
+        """Adds tokens to a row; logits of the last one or of each, `[1, 1 or tokens, vocabulary]`."""
+        with torch.no_grad():
+            out = self.call(ids, row.cache, len(row.tokens), row.given, last)
+        row.cache = out.cache
+        row.tokens += ids
+        return out.logits
+
+    def _settle(self, row: OwnRow) -> None:
+        """Lays tensors out as a resume would: products of others may round otherwise."""
+        ends = self.facts.form.read(row.cache)
+        if not all(tensor.is_contiguous() for tensor in ends.tensors):
+            tensors = [tensor.contiguous() for tensor in ends.tensors]
+            row.cache = self.facts.form.write(tensors, ends.plain)
+
+    def join(self, rows: Sequence[Carried], copies: int, pads: list[int]) -> OwnCache:
+        """As the base class says."""
+        found = [row for carried in rows for row in _own(carried).sequences]
+        joined = OwnCache(self, found)
+        joined.reorder_cache(torch.arange(len(found)).repeat_interleave(copies))
+        joined.pads = pads
+        return joined
+
+    def rebase(self, carried: Carried, tokens: int, runs: Sequence[PoolRun]) -> None:
+        """Nothing moves: the row keeps its copy, and need not store it again."""
+        _own(carried).sequences[0].held = tokens
+
+    def copy(self, row: OwnRow) -> OwnRow:
+        """A row that goes its own way from here."""
+        form = Form(row.cache)
+        tensors, plain = form.read(row.cache)
+        cache = form.write([tensor.clone() for tensor in tensors], plain)
+        return replace(row, tokens=list(row.tokens), cache=cache)
+
+
+class OwnCache(Carried):
+    """Rows with caches of the model's own."""
+
+    def __init__(
+        self,
+        carrier: CopyIn,
+        sequences: list[OwnRow],
+        pads: list[int] | None = None,
+    ):
+        super().__init__(layers=[])
+        self.carrier = carrier
+        self.sequences = sequences
+        self.pads = pads or [0] * len(sequences)
+
+    @property
+    def rows(self) -> int:
+        return len(self.sequences)
+
+    def tokens(self, row: int) -> list[int]:
+        return self.sequences[row].tokens
+
+    def held(self, row: int) -> int:
+        return self.sequences[row].held
+
+    @property
+    def tail_bytes(self) -> int:
+        layout, state = self.carrier.layout, self.carrier.state_bytes
+        tokens = sum(len(row.tokens) for row in self.sequences)
+        return tokens * layout.chunk_bytes // layout.chunk_size + state * self.rows
+
+    def step(self, ids: list[list[int]]) -> torch.Tensor:
+        """Adds a token to each row; its logits `[rows, 1, vocabulary]`."""
+        pairs = zip(self.sequences, ids, strict=True)
+        return torch.cat([self._step(row, new) for row, new in pairs])
+
+    def _step(self, row: OwnRow, ids: list[int]) -> torch.Tensor:
+        logits, row.ready = row.ready, None
+        return self.carrier.advance(row, ids) if logits is None else logits
+
+    def _rows_of(self, row: int) -> list[torch.Tensor]:
+        """The growing tensors of a row, each `[rows, width]`."""
+        facts = self.carrier.facts
+        tensors = facts.form.read(self.sequences[row].cache).tensors
+        return [facts.pack(number, tensors[number]) for number in facts.of(Kind.ROWS)]
+
+    def sound_chunks(self, row: int) -> int:
+        own, size = self.sequences[row], self.carrier.layout.chunk_size
+        held, chunks = own.held // size, len(own.tokens) // size
+        for shape, rows in zip(self.carrier.shapes, self._rows_of(row), strict=True):
+            if len(rows) != len(own.tokens) * shape.per_chunk // size:
+                _log.warning("a cache stopped growing after %d tokens; not stored", len(own.tokens))
+                return 0
+            finite = rows[held * shape.per_chunk : chunks * shape.per_chunk].isfinite().all(1)
+            chunks = held + int(finite.cumprod(0).sum()) // shape.per_chunk
+        return chunks - held
+
+    def blocks(self, row: int, first: int, count: int) -> list[Block]:
+        found: list[Block] = []
+        first += self.sequences[row].held // self.carrier.layout.chunk_size
+        for shape, rows in zip(self.carrier.shapes, self._rows_of(row), strict=True):
+            part = rows[first * shape.per_chunk : (first + count) * shape.per_chunk]
+            found.append((part.reshape(count, shape.per_chunk, shape.width),))
+        return found
+
+    def snapshot(self) -> Snapshot:
+        facts = self.carrier.facts
+        ends = facts.form.read(self.sequences[0].cache)
+        tensors = tuple(ends.tensors[number].clone() for number in facts.of(Kind.STATE))
+        return Snapshot(Ends(tensors, {path: ends.plain[path] for path in facts.changing}))
+
+    # -- what generate() asks a cache
+
+    @property
+    def columns(self) -> int:
+        return super().columns - (self.sequences[0].ready is not None)
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        return True
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.columns
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Rows follow their beams; a row that several follow is copied."""
+        order = beam_idx.tolist()
+        taken: set[int] = set()
+        moved = []
+        for number in order:
+            row = self.sequences[number]
+            moved.append(self.carrier.copy(row) if number in taken else row)
+            taken.add(number)
+        self.pads = [self.pads[number] for number in order]
+        self.sequences = moved
+
+
+def _own(carried: Carried) -> OwnCache:
+    assert isinstance(carried, OwnCache)
+    return carried
+
+
+class _Shell(GenerationMixin):  # type: ignore[misc]
+    """generate() of a model whose forwards an OwnCache runs, row by row."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        past_key_values: OwnCache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        encoder_outputs: Any = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of the last token of each row, `[rows, 1, vocabulary]`."""
+        ids = input_ids if decoder_input_ids is None else decoder_input_ids
+        if ids is None or past_key_values is None:
+            raise UnsupportedRequestError(
+                "prefixes are found by token ids: pass input_ids, not inputs_embeds"
+            )
+        logits = past_key_values.step(ids.tolist())
+        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, next_sequence_length: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The new ids and the cache: the rest is no business of generate()."""
+        if next_sequence_length is not None:
+            input_ids = input_ids[:, -next_sequence_length:]
+        return {"input_ids": input_ids, "past_key_values": kwargs["past_key_values"]}
+
+    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> None:
+        """The cache is there already."""
+
+
+def make_shell(model: PreTrainedModel) -> PreTrainedModel:
+    """An object with the settings of `model` and a generate() that works on an OwnCache."""
+    shell = object.__new__(type(model))
+    shell.__dict__ = dict(model.__dict__)
+    shell.__class__ = type(type(model).__name__, (_Shell, type(model)), {})
+    return shell

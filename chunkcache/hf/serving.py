@@ -1,0 +1,103 @@
+"""What serves a model with its adapters as they were at one time: a proof, a twin, a tree.
+
+Twins cost no weights, so each state of the adapters keeps its own, up to a number; what was stored
+for a state that was forgotten is found again when it comes back.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+from chunkcache.attention.groups import Decisions
+from chunkcache.config import Config
+from chunkcache.hf.prefill import Prefiller, Space
+from chunkcache.hf.probe import Proof
+from chunkcache.kv.store import PrefixStore
+
+_KEPT = 16  # states of adapters whose twins are kept
+
+
+@dataclass(eq=False)
+class Serving:
+    """One proof and what works by it; `space` is where its chunks belong as weights are now."""
+
+    proof: Proof
+    prefiller: Prefiller
+    space: Space
+
+
+class Servings:
+    """All of one wrapper, over one store. Not thread-safe."""
+
+    def __init__(self, settings: Config):
+        self.settings = settings
+        self.store: PrefixStore | None = None
+        self.decisions = Decisions()
+        self._known: OrderedDict[Hashable, Serving] = OrderedDict()
+        self._snapshots: bool | None = None  # of the store; None if it is to be made anew
+
+    def get(self, state: Hashable) -> Serving | None:
+        """That of a state of the adapters."""
+        serving = self._known.get(state)
+        if serving is not None:
+            self._known.move_to_end(state)
+        return serving
+
+    def known(self, serving: Serving) -> bool:
+        """Whether it still serves."""
+        return any(one is serving for one in self._known.values())
+
+    def add(
+        self,
+        proof: Proof,
+        space: Callable[[Proof, Prefiller], Space],
+        current: Callable[[Serving], Space | None],
+    ) -> Serving:
+        """Makes the prefiller that a proof asks for.
+
+        Args:
+            space: names the tree; current: the space, or None if nothing may be stored.
+        """
+        carrier = proof.carrier
+        carrier.decisions = self.decisions
+        prefiller = Prefiller(
+            carrier,
+            self._store(proof),
+            self.settings,
+            proof.rows,
+            proof.limit,
+            lambda: current(serving),  # asked when it is there
+        )
+        serving = Serving(proof, prefiller, space(proof, prefiller))
+        self._known[proof.adapters] = serving
+        if len(self._known) > _KEPT:
+            self._known.popitem(last=False)
+        return serving
+
+    def _store(self, proof: Proof) -> PrefixStore:
+        """The store of the others, if state is carried alike; it has one layout and one budget."""
+        layout, settings = proof.carrier.layout, self.settings
+        snapshots = proof.carrier.snapshots or proof.tier == "E"  # what encoders leave is one too
+        store = self.store
+        if store is None or (store.layout, self._snapshots) != (layout, snapshots):
+            self.forget()
+            part = settings.snapshot_budget if snapshots else 0
+            store = PrefixStore(layout, settings.budget - part, settings.policy, part)
+            self.store, self._snapshots = store, snapshots
+        return store
+
+    def rename(self, space: Callable[[Proof, Prefiller], Space]) -> bool:
+        """Gives all their space as the weights are now; says whether any name changed."""
+        before = [serving.space.name for serving in self._known.values()]
+        for serving in self._known.values():
+            serving.space = space(serving.proof, serving.prefiller)
+        return before != [serving.space.name for serving in self._known.values()]
+
+    def forget(self) -> None:
+        """Drops everything: nothing that was proved holds any longer."""
+        self._known.clear()
+        if self.store is not None:
+            self.store.close()
+            self._snapshots = None
