@@ -49,7 +49,7 @@ class Config:
         two_phase_tokens: the fewest shared tokens for which it is formed.
         prefill_step: most tokens of one prefill forward.
         border: where prefill is cut if row invariance does not hold (the fallback of exact mode):
-            at its multiples. By default at every chunk.
+            at its multiples. By default at every chunk; if set, chunks are as long there.
         snapshot_interval: models with recurrent state can be resumed only where a snapshot of it was
             taken: at the end of each prompt, where prompts part, and every so many tokens. By
             default as often as a quarter of their budget allows in a prompt of 2,048 tokens.

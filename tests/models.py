@@ -146,7 +146,7 @@ def same(left: Any, right: Any, rows: Any = slice(None), other: Any = slice(None
 def stored(cached: CachedModel) -> dict[tuple[int, ...], list[torch.Tensor]]:
     """Every stored chunk by all tokens up to its end: its keys and values, layer by layer."""
     chunks = {}
-    size = cached.settings.chunk_size
+    size = cached.proof.layout.chunk_size
     layers = range(len(cached.proof.layout.layers))
     for tree in cached.store.trees():
         for node in tree.walk():

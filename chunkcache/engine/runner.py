@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING
 
 from chunkcache.engine.generation import run_job
 from chunkcache.engine.jobs import Event, Failed, Finished, Job, Result
-from chunkcache.errors import ChunkcacheError, ClosedError, QueueFullError
+from chunkcache.errors import (
+    ChunkcacheError,
+    ClosedError,
+    QueueFullError,
+    UnsupportedModelError,
+)
 
 if TYPE_CHECKING:
     from chunkcache.hf import CachedModel
@@ -30,6 +35,9 @@ class Runner:
         queue_limit: most jobs that wait; the running one is not counted.
         rows_at_once: most rows of one batch; jobs with more run in several.
         on_end: called after each job with "ok", "cancelled" or "error", and the result if it ran.
+
+    Raises:
+        UnsupportedModelError: the model does not continue its prompt.
     """
 
     def __init__(
@@ -40,6 +48,12 @@ class Runner:
         rows_at_once: int = 8,
         on_end: Callable[[str, Result | None], None] = lambda outcome, result: None,
     ):
+        if cached.model.config.is_encoder_decoder:
+            kind = str(cached.model.config.model_type)
+            raise UnsupportedModelError(
+                kind,
+                "an encoder-decoder does not continue its prompt, as clients of a server expect",
+            )
         self._cached = cached
         self._queue_limit = queue_limit
         self._rows_at_once = rows_at_once

@@ -19,6 +19,7 @@ from chunkcache.errors import AdapterStateError, UnsupportedModelError
 from chunkcache.hf.sample import short_inputs
 from chunkcache.hf.settings import VOLATILE, freeze
 
+_INTERNAL = vars(torch.nn.Module()).keys() | VOLATILE
 _ACTIVE, _OFF, _MERGED = "_active_adapter", "_disable_adapters", "merged_adapters"
 
 
@@ -65,6 +66,7 @@ class Switches:
 
     def __init__(self, model: torch.nn.Module):
         self.modules = [module for module in model.modules() if hasattr(module, _ACTIVE)]
+        self._layers = [_Layer(module) for module in self.modules]
 
     def state(self) -> Hashable:
         """Everything about adapters that may change without a new wrap. Microseconds per layer.
@@ -72,21 +74,44 @@ class Switches:
         Raises:
             AdapterStateError: their next forward would change the weights.
         """
-        return tuple(map(_state, self.modules))
+        return tuple(layer.state() for layer in self._layers)
 
     def merged(self) -> Hashable:
         """Which adapters are in the weights now."""
-        return tuple(freeze(getattr(module, _MERGED, ()), empty=True) for module in self.modules)
+        return tuple(tuple(getattr(module, _MERGED, ())) for module in self.modules)
 
 
-def _state(module: torch.nn.Module) -> Hashable:
-    if getattr(module, _OFF, False):
-        if getattr(module, _MERGED, None):
-            raise AdapterStateError(
-                "adapters are merged into the weights and switched off at once, so that the next "
-                "forward would take them out; call unmerge_adapter() first"
-            )
-        return "off"
-    values = {name: value for name, value in vars(module).items() if name not in VOLATILE}
-    values |= {name: getattr(module, name) for name in (_ACTIVE, _MERGED) if hasattr(module, name)}
-    return tuple((name, freeze(value, empty=True)) for name, value in sorted(values.items()))
+class _Layer:
+    """The settings of one adapter layer."""
+
+    def __init__(self, module: torch.nn.Module):
+        self._module = module
+        own = {name for name in vars(module) if name not in _INTERNAL}
+        plain = {n for n in own if freeze(getattr(module, n), empty=True) is not None}
+        self._names = sorted(plain | {n for n in (_ACTIVE, _MERGED) if hasattr(module, n)})
+        self._seen: list[Any] | None = None
+        self._frozen: Hashable = None
+
+    def state(self) -> Hashable:
+        """Frozen settings; of one that is off nothing but that."""
+        module = self._module
+        if getattr(module, _OFF, False):
+            if getattr(module, _MERGED, None):
+                raise AdapterStateError(
+                    "adapters are merged into the weights and switched off at once, so that the "
+                    "next forward would take them out; call unmerge_adapter() first"
+                )
+            return "off"
+        now = [getattr(module, name, None) for name in self._names]
+        if now != self._seen:
+            pairs = zip(self._names, now, strict=True)
+            self._frozen = tuple((name, freeze(value, empty=True)) for name, value in pairs)
+            self._seen = [_copy(value) for value in now]
+        return self._frozen
+
+
+def _copy(value: Any) -> Any:
+    """Containers copied, what is in them not."""
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list) else value

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from transformers.cache_utils import CacheLayerMixin, DummyLayer, LinearAttentionLayer
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from chunkcache.attention.batch import Batch
 from chunkcache.hf.carrier import Block, Carried, Snapshot
@@ -119,10 +119,23 @@ class MixedLayer(LinearAttentionLayer, ChunkLayer):  # type: ignore[misc]
         return -1
 
 
+class NoLayer(ChunkLayer):
+    """A layer that keeps nothing: it reads what another one stored, or has no attention."""
+
+    def __init__(self, cache: ChunkCache):
+        CacheLayerMixin.__init__(self)
+        self.cache = cache
+        self.is_initialized = True
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Not what the probe saw."""
+        raise NotImplementedError("this layer kept nothing when the model was proved")
+
+
 def _layer(cache: ChunkCache, kept: Kept) -> Any:
     if kept.rows is not None:
         return MixedLayer(cache, kept) if kept.states else ChunkLayer(cache, kept)
-    return LinearAttentionLayer(number_of_states=kept.states) if kept.states else DummyLayer()
+    return LinearAttentionLayer(number_of_states=kept.states) if kept.states else NoLayer(cache)
 
 
 class ChunkCache(Carried):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from typing import Any, NamedTuple
+from collections.abc import Hashable
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -38,9 +40,8 @@ class Call:
         self.cache = names[0]
         decoder = "decoder_" if model.config.is_encoder_decoder else ""
         self.ids = decoder + "input_ids"
-        self.positions = next(
-            (n for n in (decoder + "position_ids", "cache_position") if n in accepted), None
-        )
+        self.positions = decoder + "position_ids" if decoder + "position_ids" in accepted else None
+        self.columns = "cache_position" in accepted  # as forwards took before transformers 5
         self.keep = "logits_to_keep" in accepted
 
     def __call__(
@@ -56,15 +57,15 @@ class Call:
         if cache is not None:
             kwargs[self.cache] = cache
             _tell_length(cache, at)
+        positions = torch.arange(at, at + len(ids), device=device)
         if self.positions is not None:
-            positions = torch.arange(at, at + len(ids), device=device)
-            kwargs[self.positions] = (
-                positions if self.positions == "cache_position" else positions.unsqueeze(0)
-            )
+            kwargs[self.positions] = positions.unsqueeze(0)
+        if self.columns:
+            kwargs["cache_position"] = positions
         if self.keep and last:
             kwargs["logits_to_keep"] = 1
         out = self.model(**kwargs, **given)
-        cache = out.get(self.cache)
+        cache = getattr(out, self.cache, None)
         if cache is None:
             reason = f"its forward gives no {self.cache} back"
             raise UnsupportedModelError(str(self.model.config.model_type), reason)
@@ -89,11 +90,17 @@ class _Counted:
         return self.counted + query_length, 0
 
 
+@functools.cache
+def _counted(kind: Hashable) -> type:
+    """A class of caches, counting."""
+    assert isinstance(kind, type)
+    return type(kind.__name__, (_Counted, kind), {})
+
+
 def _tell_length(cache: Any, tokens: int) -> None:
     """Sees to it that a cache knows how many tokens it holds."""
     if isinstance(cache, Cache) and not isinstance(cache, _Counted) and _length(cache) != tokens:
-        kind = type(cache)
-        cache.__class__ = type(kind.__name__, (_Counted, kind), {})
+        cache.__class__ = _counted(cast(Hashable, type(cache)))
     if isinstance(cache, _Counted):
         cache.counted = tokens
 

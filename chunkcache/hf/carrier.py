@@ -81,8 +81,8 @@ class Carried(Cache, ABC):  # type: ignore[misc]
         """Chunks of a row, counted from behind `held`, as the pool stores them, layer by layer."""
 
     @abstractmethod
-    def snapshot(self) -> Snapshot:
-        """A copy of the state of the only row as it is now."""
+    def snapshot(self) -> Snapshot | None:
+        """A copy of the state of the only row as it is now; None if it may not be stored."""
 
     @property
     @abstractmethod

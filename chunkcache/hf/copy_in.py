@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPas
 from chunkcache.errors import UnsupportedRequestError
 from chunkcache.hf.call import Call
 from chunkcache.hf.carrier import Block, Carried, Carrier, Snapshot, Source
-from chunkcache.hf.form import Ends, Form, Kind, Leaf, Path
+from chunkcache.hf.form import Ends, Form, FormError, Kind, Leaf, Path
 from chunkcache.kv.layout import ChunkLayout
 from chunkcache.kv.pool import PoolRun
 from chunkcache.kv.rows import RowShape
@@ -37,7 +37,8 @@ class Facts:
 
     Attributes:
         leaves: one per tensor of `form`.
-        constants: the tensors that are the same for all sequences, by number.
+        constants: the tensors that are the same for all sequences, by number; steady: the plain
+            values that are.
         changing: paths of the plain values that change with the tokens.
         shapes: per tensor its shape after one chunk.
     """
@@ -45,6 +46,7 @@ class Facts:
     form: Form
     leaves: tuple[Leaf, ...]
     constants: dict[int, torch.Tensor]
+    steady: dict[Path, object]
     changing: frozenset[Path]
     shapes: tuple[torch.Size, ...]
     types: tuple[torch.dtype, ...]
@@ -79,6 +81,8 @@ class OwnRow:
     Attributes:
         held: tokens that came from the pool; given: what else every forward gets.
         ready: logits of the last token, `[1, 1, vocabulary]`, that generate() has yet to ask for.
+        first: the rows of its first chunk as they were when that was complete.
+        sound: whether the cache is still what the probe saw; if not, nothing of it is stored.
     """
 
     tokens: list[int]
@@ -86,6 +90,8 @@ class OwnRow:
     held: int = 0
     given: dict[str, Any] = field(default_factory=dict)
     ready: torch.Tensor | None = None
+    first: tuple[torch.Tensor, ...] = ()
+    sound: bool = True
 
 
 class CopyIn(Carrier):
@@ -129,7 +135,7 @@ class CopyIn(Carrier):
 
     def _fill(self, source: Source) -> Any:
         facts = self.facts
-        tensors = dict(facts.constants)
+        tensors = {number: tensor.clone() for number, tensor in facts.constants.items()}
         chunks = len(source.tokens) // self.layout.chunk_size
         for layer, number in enumerate(facts.of(Kind.ROWS)):
             tensors[number] = facts.unpack(number, self._rows(source.runs, layer, chunks))
@@ -177,10 +183,57 @@ class CopyIn(Carrier):
 
     def _settle(self, row: OwnRow) -> None:
         """Lays tensors out as a resume would: products of others may round otherwise."""
-        ends = self.facts.form.read(row.cache)
+        ends = self.read(row)
+        if ends is None:
+            return
+        if not row.first:
+            row.first = tuple(rows.clone() for rows in self.first_chunk(ends))
         if not all(tensor.is_contiguous() for tensor in ends.tensors):
             tensors = [tensor.contiguous() for tensor in ends.tensors]
             row.cache = self.facts.form.write(tensors, ends.plain)
+
+    def read(self, row: OwnRow) -> Ends | None:
+        """The ends of a row's cache; None, and the row is no longer sound, if it became another.
+
+        Three chunks show how a cache grows. One that goes on differently would be resumed wrongly.
+        """
+        if not row.sound:
+            return None
+        try:
+            ends = self.facts.form.read(row.cache)
+            flaw = self._flaw(row, ends)
+        except FormError as error:
+            flaw = str(error)
+        if not flaw:
+            return ends
+        row.sound = False
+        _log.warning("%s after %d tokens; this prompt is not stored", flaw, len(row.tokens))
+        return None
+
+    def _flaw(self, row: OwnRow, ends: Ends) -> str:
+        """What contradicts the facts, if anything does."""
+        facts = self.facts
+        for number, shape in zip(facts.of(Kind.ROWS), self.shapes, strict=True):
+            count = ends.tensors[number].shape[facts.leaves[number].axis]
+            if count != len(row.tokens) * shape.per_chunk // self.layout.chunk_size:
+                return "its cache stopped growing"
+        same = zip(row.first, self.first_chunk(ends), strict=False)
+        if not all(torch.equal(before, now) for before, now in same):
+            return "its cache changed what was stored long before"
+        if not all(torch.equal(ends.tensors[n], kept) for n, kept in facts.constants.items()):
+            return "its cache changed what is the same for all prompts"
+        if any(ends.plain.get(path) != value for path, value in facts.steady.items()):
+            return "its cache changed a setting"
+        return ""
+
+    def first_chunk(self, ends: Ends) -> list[torch.Tensor]:
+        """The rows of the first chunk, tensor by tensor."""
+        facts = self.facts
+        numbers = zip(facts.of(Kind.ROWS), self.shapes, strict=True)
+        return [
+            ends.tensors[number].narrow(facts.leaves[number].axis, 0, shape.per_chunk)
+            for number, shape in numbers
+        ]
 
     def join(self, rows: Sequence[Carried], copies: int, pads: list[int]) -> OwnCache:
         """As the base class says."""
@@ -241,34 +294,38 @@ class OwnCache(Carried):
         logits, row.ready = row.ready, None
         return self.carrier.advance(row, ids) if logits is None else logits
 
-    def _rows_of(self, row: int) -> list[torch.Tensor]:
-        """The growing tensors of a row, each `[rows, width]`."""
-        facts = self.carrier.facts
-        tensors = facts.form.read(self.sequences[row].cache).tensors
-        return [facts.pack(number, tensors[number]) for number in facts.of(Kind.ROWS)]
-
     def sound_chunks(self, row: int) -> int:
         own, size = self.sequences[row], self.carrier.layout.chunk_size
         held, chunks = own.held // size, len(own.tokens) // size
-        for shape, rows in zip(self.carrier.shapes, self._rows_of(row), strict=True):
-            if len(rows) != len(own.tokens) * shape.per_chunk // size:
-                _log.warning("a cache stopped growing after %d tokens; not stored", len(own.tokens))
-                return 0
+        rows_of = self._rows_of(row)
+        if rows_of is None:
+            return 0
+        for shape, rows in zip(self.carrier.shapes, rows_of, strict=True):
             finite = rows[held * shape.per_chunk : chunks * shape.per_chunk].isfinite().all(1)
             chunks = held + int(finite.cumprod(0).sum()) // shape.per_chunk
         return chunks - held
 
+    def _rows_of(self, row: int) -> list[torch.Tensor] | None:
+        """The growing tensors of a row, each `[rows, width]`; None if they may not be stored."""
+        carrier = self.carrier
+        ends = carrier.read(self.sequences[row])
+        if ends is None:
+            return None
+        return [carrier.facts.pack(n, ends.tensors[n]) for n in carrier.facts.of(Kind.ROWS)]
+
     def blocks(self, row: int, first: int, count: int) -> list[Block]:
         found: list[Block] = []
         first += self.sequences[row].held // self.carrier.layout.chunk_size
-        for shape, rows in zip(self.carrier.shapes, self._rows_of(row), strict=True):
+        for shape, rows in zip(self.carrier.shapes, self._rows_of(row) or [], strict=True):
             part = rows[first * shape.per_chunk : (first + count) * shape.per_chunk]
             found.append((part.reshape(count, shape.per_chunk, shape.width),))
         return found
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> Snapshot | None:
         facts = self.carrier.facts
-        ends = facts.form.read(self.sequences[0].cache)
+        ends = self.carrier.read(self.sequences[0])
+        if ends is None:
+            return None
         tensors = tuple(ends.tensors[number].clone() for number in facts.of(Kind.STATE))
         return Snapshot(Ends(tensors, {path: ends.plain[path] for path in facts.changing}))
 

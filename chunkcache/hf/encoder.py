@@ -82,12 +82,14 @@ def decoder_prompts(ids: torch.Tensor | None, rows: int, start: Any) -> torch.Te
     Raises:
         UnsupportedRequestError: no start token is known.
     """
-    if isinstance(start, list):
-        start = start[0]
     if start is None:
         raise UnsupportedRequestError("generate() needs a decoder_start_token_id")
-    begin = torch.full((rows, 1), int(start), dtype=torch.long)
+    starts = start if isinstance(start, list) else [int(start)] * rows
+    if len(starts) != rows:
+        raise UnsupportedRequestError(f"{len(starts)} decoder_start_token_id for {rows} rows")
+    begin = torch.tensor(starts, dtype=torch.long).unsqueeze(1)
     if ids is None:
         return begin
     ids = ids.cpu().long()
-    return ids if bool((ids[:, 0] == int(start)).all()) else torch.cat([begin, ids], 1)
+    missing = len(ids) == rows and bool((ids[:, :1] != begin).all())
+    return torch.cat([begin, ids], 1) if missing else ids

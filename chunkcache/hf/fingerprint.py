@@ -21,9 +21,10 @@ from transformers import __version__ as transformers_version
 
 from chunkcache.errors import ModelChangedError
 from chunkcache.hf.plain import modules_of
-from chunkcache.hf.settings import VOLATILE, freeze
+from chunkcache.hf.settings import HOLDERS, PLAIN, VOLATILE, freeze
 from chunkcache.hf.tensors import kind, parts, raw, tensors_of
 
+_CAPTURING = "transformers.utils.output_capturing"  # its hooks only look on, if at all
 _SAMPLES = 16  # values watched per tensor
 
 
@@ -135,7 +136,8 @@ class Watch:
         self._model = model
         self._config = copy.deepcopy(model.config)
         free = set(map(id, switched))
-        pairs = zip(modules_of(model), twin.modules(), strict=True)
+        self._originals = list(modules_of(model))
+        pairs = zip(self._originals, twin.modules(), strict=True)
         self._modules = [_Module(module, twin, id(module) in free) for module, twin in pairs]
         self._tensors = [tensor for _, tensor in tensors_of(model)]
         self._places = self._where()
@@ -170,7 +172,7 @@ class Watch:
 
     def training(self) -> bool:
         """Whether any module is in training mode: dropout of an adapter that came after eval() is."""
-        return any(module.training for module in self._modules)
+        return any(module.training for module in self._originals)
 
     def _where(self) -> list[tuple[object, ...]]:
         return [(tensor.data_ptr(), tensor.dtype, _version(tensor)) for tensor in self._tensors]
@@ -188,16 +190,14 @@ class _Module:
         self._twin = twin
         self._children = list(module._modules.values())
         self._places = self._where()
-        frozen = {name: freeze(value) for name, value in module.__dict__.items()}
-        plain = {name: value for name, value in frozen.items() if value is not None}
-        self._plain = {} if free else {n: v for n, v in plain.items() if n not in VOLATILE}
+        known = {} if free else {n: v for n, v in vars(module).items() if n not in VOLATILE}
+        self._plain = {name: value for name, value in known.items() if isinstance(value, PLAIN)}
+        frozen = {
+            name: freeze(value) for name, value in known.items() if isinstance(value, HOLDERS)
+        }
+        self._holders = {name: value for name, value in frozen.items() if value is not None}
         self._free = free
         self._rest = self._other()
-
-    @property
-    def training(self) -> bool:
-        """As the module says."""
-        return bool(self._module.training)
 
     def in_place(self) -> bool:
         """Whether children and tensors are the same objects in the same memory, the twin's too."""
@@ -214,28 +214,41 @@ class _Module:
         ):
             for name, tensor in ours.items():
                 if tensor is not None:
-                    other = theirs[name]
-                    twins = {} if other is None else dict(parts(name, other))
-                    for inner, part in parts(name, tensor):
-                        place = part.data_ptr()
-                        strides = part.stride() if part.layout == torch.strided else ()
-                        shared = inner in twins and twins[inner].data_ptr() == place
-                        found.append(
-                            (inner, place, part.dtype, part.device, part.shape, strides, shared)
-                        )
+                    found += _places(name, tensor, theirs[name])
         return found
 
     def as_it_was(self) -> bool:
         """Whether type, plain attributes, hooks and forward are the same."""
-        now = self._module.__dict__
-        same = all(freeze(now.get(name, now)) == value for name, value in self._plain.items())
+        now, missing = self._module.__dict__, object()
+        same = all(now.get(name, missing) == value for name, value in self._plain.items())
+        same = same and all(freeze(now.get(name)) == value for name, value in self._holders.items())
         return same and self._other() == self._rest
 
     def _other(self) -> tuple[object, ...]:
         module = self._module
-        hooks = (*module._forward_hooks, *module._forward_pre_hooks)
-        names = 0 if self._free else sum(name not in VOLATILE for name in module.__dict__)
-        return type(module), names, hooks, id(module.__dict__.get("forward"))
+        now, hooks = module.__dict__, _hooks(module)
+        names = 0 if self._free else len(now) - sum(name in now for name in VOLATILE)
+        return type(module), names, hooks, id(now.get("forward"))
+
+
+def _hooks(module: torch.nn.Module) -> tuple[int, ...]:
+    """Keys of the hooks that may change what a module does."""
+    if not module._forward_hooks and not module._forward_pre_hooks:
+        return ()
+    both = (*module._forward_hooks.items(), *module._forward_pre_hooks.items())
+    return tuple(key for key, hook in both if getattr(hook, "__module__", "") != _CAPTURING)
+
+
+def _places(name: str, tensor: torch.Tensor, twin: torch.Tensor | None) -> list[tuple[object, ...]]:
+    """Where a tensor's numbers are, and whether a twin's are there too."""
+    found: list[tuple[object, ...]] = []
+    twins = {} if twin is None else {at: part.data_ptr() for at, part in parts(name, twin)}
+    for inner, part in parts(name, tensor):
+        place = part.data_ptr()
+        strides = part.stride() if part.layout == torch.strided else ()
+        shared = twins.get(inner) == place
+        found.append((inner, place, part.dtype, part.device, part.shape, strides, shared))
+    return found
 
 
 def _same(ours: object, theirs: object) -> bool:

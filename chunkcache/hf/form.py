@@ -117,8 +117,8 @@ def kinds(
         leaf = _kind(series, other.tensors[number])
         full = windowed and leaf.per_chunk == chunk_size
         leaves.append(Leaf(Kind.STATE) if full else leaf)
-    first, *later = [ends.plain for ends in after]
-    changing = {path for path in first for plain in later if plain.get(path) != first[path]}
+    first, *others = [ends.plain for ends in (*after, other)]
+    changing = {path for path in first for plain in others if plain.get(path) != first[path]}
     return tuple(leaves), frozenset(changing)
 
 
@@ -176,10 +176,10 @@ def _walk(node: object, path: Path) -> Iterator[tuple[Path, object]]:
 
 
 def _children(node: object, path: Path) -> list[tuple[object, object]]:
-    if isinstance(node, Mapping):
-        return list(node.items())
-    if isinstance(node, list | tuple):
-        return list(enumerate(node))
+    if isinstance(node, Mapping | list | tuple):
+        if vars(node).keys() - {"data"} if hasattr(node, "__dict__") else False:
+            raise FormError(f"its cache holds a {type(node).__name__} with attributes of its own")
+        return list(node.items() if isinstance(node, Mapping) else enumerate(node))
     if hasattr(node, "__dict__"):
         return list(vars(node).items())
     raise FormError(f"its cache holds a {type(node).__name__} ({'.'.join(map(str, path))})")

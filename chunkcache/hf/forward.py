@@ -34,6 +34,7 @@ class ForwardHooks:
         accepted = inspect.signature(model.forward).parameters
         catch_all = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
         self._takes_positions = "position_ids" in accepted or catch_all
+        self._takes_columns = "cache_position" in accepted  # as before transformers 5
         self._takes_keep = "logits_to_keep" in accepted
         self._type = str(model.config.model_type)
         self._running = Running()
@@ -63,6 +64,9 @@ class ForwardHooks:
             new["position_ids"] = self._pad(positions)
         elif len(set(batch.positions)) > 1 or any(cache.pads):
             raise UnsupportedModelError(self._type, "rows of unequal length need position_ids")
+        if self._takes_columns:
+            columns = torch.arange(new["input_ids"].shape[1], device=ids.device)
+            new["cache_position"] = columns + cache.columns
         if self._takes_keep:
             wanted = kwargs.get("logits_to_keep", 0)
             new["logits_to_keep"] = self._keep(ids.shape[1], wanted) if cache.logits else 1

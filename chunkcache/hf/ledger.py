@@ -88,7 +88,7 @@ class Ledger:
                 exactness=exactness(proof, settings.mode),
                 kernel=proof.kernel,
                 tier=proof.tier,
-                chunk_size=settings.chunk_size,
+                chunk_size=store.layout.chunk_size,
                 token_bytes=store.layout.token_bytes,
                 requests=self._sums["requests"],
                 prompt_tokens=self._sums["prompt"],
@@ -99,7 +99,7 @@ class Ledger:
                 nodes=sum(tree.nodes for tree in trees),
                 chunks=store.pool.used,
                 bytes=store.pool.used_bytes,
-                capacity_bytes=store.pool.capacity * store.layout.chunk_bytes,
+                capacity_bytes=store.pool.capacity_bytes,
                 leased_chunks=sum(tree.leased_chunks for tree in trees),
                 pinned_chunks=sum(tree.pinned_chunks for tree in trees),
                 evictable_chunks=sum(tree.evictable_chunks for tree in trees),
@@ -109,6 +109,12 @@ class Ledger:
                 refused_chunks=store.flow.refused,
                 phase_one=decisions.grouped,
                 phase_one_refused=decisions.refused,
+                snapshots=sum(tree.snapshots for tree in trees),
+                snapshot_bytes=store.snapshot_bytes,
+                snapshot_capacity_bytes=store.snapshot_budget,
+                stored_snapshots=store.flow.snapshots_stored,
+                evicted_snapshots=store.flow.snapshots_evicted,
+                refused_snapshots=store.flow.snapshots_refused,
             )
 
 
@@ -136,4 +142,6 @@ def tree_rows(
             node.names,
             "device",
             decode(node.tokens[:32].tolist()),
+            node.snapshots,
+            node.snapshot_bytes,
         )

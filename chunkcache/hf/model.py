@@ -29,7 +29,7 @@ from chunkcache.hf.carrier import Carried
 from chunkcache.hf.fingerprint import Watch, arithmetic, digest_weights, namespace
 from chunkcache.hf.ledger import Ledger, tree_rows
 from chunkcache.hf.others import Others, answers, is_ids, missed
-from chunkcache.hf.plain import check_around, check_model, plain_model
+from chunkcache.hf.plain import check_around, check_model, compiles, plain_model
 from chunkcache.hf.prefill import Prefiller, Row, Space
 from chunkcache.hf.probe import Proof, Prover, fixed_rope_limit, position_limit
 from chunkcache.hf.requests import Request, read_causal, read_encoded
@@ -110,6 +110,8 @@ class CachedModel:
 
     def _check_still(self) -> None:
         """Refuses a model whose own forwards change it: what else does could not be told from that."""
+        if compiles(self.model):
+            return  # the first call would compile it
         try:
             with torch.no_grad():
                 self.model(**short_inputs(self.model))
@@ -233,7 +235,8 @@ class CachedModel:
         self._ledger.record(records)
         ends = arguments.eos_ids(kwargs, config, self.generation_config)
         prompt = kwargs.get("decoder_input_ids") if self._encodes else inputs
-        width = prompt.shape[1] if is_ids(prompt) else int(self._encodes)  # a start token
+        start = 1 if self._encodes else 0
+        width = prompt.shape[1] if prompt is not None and is_ids(prompt) else start
         for answer in answers(result, width):
             self._ledger.generated(arguments.answer_length(answer, ends))
         return result

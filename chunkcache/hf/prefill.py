@@ -81,9 +81,9 @@ class Prefiller:
         self.longest = longest
         self.current = current
         self.aligned = settings.mode == "exact" and not rows
-        whole = settings.chunk_size if not carrier.reads_in_place else 1
+        whole = carrier.layout.chunk_size if not carrier.reads_in_place else 1
         self.unit = settings.cut if self.aligned else whole
-        self.flights = Flights(settings.chunk_size)
+        self.flights = Flights(carrier.layout.chunk_size)
 
     @property
     def keeps_steps(self) -> bool:
@@ -128,16 +128,16 @@ class Prefiller:
         reuse = Reuse(len(tokens), 0, {}, 0, why)
         return Row(space, tokens, self.carrier.open(Source([])), [], reuse, whole=True)
 
-    def _encoded(self, space: Space, encoding: Encoding, lease: Lease) -> tuple[Snapshot, int]:
-        """What is left of an encoder's input, and how many of its tokens that saved."""
+    def _encoded(self, space: Space, encoding: Encoding, lease: Lease) -> tuple[Snapshot, bool]:
+        """What is left of an encoder's input, and whether that was stored."""
         found = lease.snapshot(0)
         fixed = None if found is None else found.snapshot
         if isinstance(fixed, Snapshot) and fixed.key == encoding.key:
-            return fixed, encoding.tokens
+            return fixed, True
         fixed = self.carrier.encode(encoding.inputs, encoding.key)
         if self.may_store(space):
             self.store.keep(space.name, [], 0, fixed)
-        return fixed, 0
+        return fixed, False
 
     def may_store(self, space: Space) -> bool:
         """Whether the model is still what it was when the space was entered."""
@@ -160,8 +160,8 @@ class Prefiller:
             reuse = self._reuse(len(tokens), limit, used, lease.match)
             fixed = None
             if encoding is not None:
-                fixed, saved = self._encoded(space, encoding, lease)
-                reuse = _with_encoder(reuse, encoding.tokens, saved)
+                fixed, known = self._encoded(space, encoding, lease)
+                reuse = _with_encoder(reuse, encoding.tokens, known)
             source = Source(tokens[:used], _runs(lease.pieces), snapshot, fixed)
             carried = self.carrier.open(source)
             names = _names(lease.match)
@@ -183,7 +183,7 @@ class Prefiller:
         found = match.tokens
         reason = str(match.reason.value)
         if used < found - found % self.unit:
-            reason = f"{found - used} stored tokens lie behind the last snapshot"
+            reason = "stored behind the last snapshot"
         elif used < found:
             reason = f"rounded down to a border of {self.unit} tokens"
         divergence = None if found >= limit else found
@@ -196,8 +196,16 @@ class Prefiller:
         while row.length < until:
             end = min(until, self._step_end(row, row.length))
             self.carrier.forward(row.carried, row.tokens[row.length : end])
-            if end in row.stops:
-                row.taken[end] = row.carried.snapshot()
+            self._take(row)
+
+    def _take(self, row: Row) -> None:
+        """Takes a snapshot where one is worth its bytes."""
+        if row.length in row.stops and row.length not in row.taken:
+            snapshot = row.carried.snapshot()
+            if snapshot is not None:
+                row.taken[row.length] = snapshot
+                size = max(self.carrier.state_bytes, snapshot.bytes)  # windows grow until full
+                self.carrier.state_bytes = size
 
     def _step_end(self, row: Row, at: int) -> int:
         """Where the forward that begins at `at` ends, if the prompt is long enough."""
@@ -214,7 +222,7 @@ class Prefiller:
         Worth their bytes are the last position that a prompt like this one can be resumed at (its
         next turn will), where others left the same path, and one in every interval.
         """
-        size = max(self.unit, self.settings.chunk_size)
+        size = max(self.unit, self.carrier.layout.chunk_size)
         interval = self.settings.interval(self.carrier.state_bytes)
         ends = {end - end % size for end in (tokens - 1, tokens, known)} - {0}
         return frozenset(ends.union(range(interval, tokens, interval)))
@@ -247,6 +255,7 @@ class Prefiller:
 
     def _publish(self, row: Row, labels: dict[str, object]) -> int:
         carried = row.carried
+        self._take(row)
         tokens = carried.tokens(0)
         if self.aligned:  # only what a whole step computed comes out the same next time
             tokens = tokens[: carried.length - carried.length % self.unit]
@@ -271,7 +280,7 @@ class Prefiller:
         None from the first chunk on that holds an infinity or a NaN: a product over the whole chunk
         carries it to tokens before it, so that what is stored would depend on what came behind.
         """
-        size, held = self.settings.chunk_size, carried.held(row)
+        size, held = self.carrier.layout.chunk_size, carried.held(row)
         if not labels and len(tokens) - held < size:  # all whole chunks are stored and held
             return held
         if not self.may_store(space):
@@ -304,16 +313,20 @@ class Prefiller:
         row.leases.clear()
 
 
-def _with_encoder(reuse: Reuse, tokens: int, saved: int) -> Reuse:
+def _shifted(position: int | None, by: int) -> int | None:
+    return None if position is None else position + by
+
+
+def _with_encoder(reuse: Reuse, tokens: int, known: bool) -> Reuse:
     """The record of a decoder's prompt and of the encoder's input before it."""
-    cached = reuse.cached_tokens + saved
+    cached = reuse.cached_tokens + (tokens if known else 0)
     return replace(
         reuse,
         prompt_tokens=reuse.prompt_tokens + tokens,
         cached_tokens=cached,
         tiers={"device": cached} if cached else {},
-        divergence=None if reuse.divergence is None and saved == tokens else saved,
-        reason=reuse.reason if saved == tokens else "this encoder input was never seen",
+        divergence=0 if not known else _shifted(reuse.divergence, tokens),
+        reason=reuse.reason if known else "this encoder input is not stored",
     )
 
 

@@ -24,6 +24,7 @@ from chunkcache.hf.trial import fixed_rope_limit, position_limit
 from chunkcache.hf.trial_copies import CopyTrial
 from chunkcache.hf.trial_two_phase import TwoPhaseTrial
 from chunkcache.hf.twin import make_twin
+from chunkcache.hf.two_phase import TwoPhase
 from chunkcache.kv.layout import ChunkLayout
 from chunkcache.lab.records import VerifyReport
 
@@ -119,20 +120,37 @@ class Prover:
             reason = f"its forward fails on the probe ({type(error).__name__}: {error})"
             raise UnsupportedModelError(self.kind, reason) from error
 
+    @property
+    def _wide(self) -> Config:
+        """Settings with chunks as long as borders are apart.
+
+        What a forward computes together is stored together: an expert's rows depend on all tokens
+        between two borders, so chunks of two prompts must not meet there.
+        """
+        settings = self.settings
+        if settings.mode == "fast":
+            return settings
+        return replace(settings, chunk_size=settings.cut, border=None)
+
     def _two_phase(self) -> Proof:
-        twin = make_twin(self.model)
-        mend(twin, self.settings.cut)
-        hooks = ForwardHooks(twin)
-        hooks.install(twin)
-        trial = TwoPhaseTrial(self._plain, twin, hooks, self.settings)
-        carrier = trial.run()
+        trial, carrier = self._try_two_phase(self.settings)
+        if not trial.rows and self._wide.chunk_size != self.settings.chunk_size:
+            trial, carrier = self._try_two_phase(self._wide)
         tier = "B" if carrier.snapshots else "A"
         return self._proof(tier, carrier, trial, trial.rows, trial.kernel)
+
+    def _try_two_phase(self, settings: Config) -> tuple[TwoPhaseTrial, TwoPhase]:
+        twin = make_twin(self.model)
+        mend(twin, settings.cut)
+        hooks = ForwardHooks(twin)
+        hooks.install(twin)
+        trial = TwoPhaseTrial(self._plain, twin, hooks, settings)
+        return trial, trial.run()
 
     def _copies(self) -> Proof:
         twin = make_twin(self.model, attention=False)
         mend(twin, self.settings.cut)
-        trial = CopyTrial(self._plain, twin, self.settings)
+        trial = CopyTrial(self._plain, twin, self._wide)
         carrier = trial.run()
         tier = "D" if carrier.snapshots else "C"
         if self.model.config.is_encoder_decoder:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
+from transformers.cache_utils import Cache
 
 _SCAN = "mamba_selective_scan"
 _BLOCK = 64  # tokens of which all states are held at once
@@ -56,10 +57,8 @@ def _resuming(forward: FunctionType) -> Callable[..., Any]:
     """The forward of a mixer, with a scan of its own."""
 
     def resumed(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        cache = next(
-            (a for a in (*args, *kwargs.values()) if hasattr(a, "get_recurrent_state")), None
-        )
-        state = None if cache is None else cache.get_recurrent_state(self.layer_idx)
+        cache = next((a for a in (*args, *kwargs.values()) if isinstance(a, Cache)), None)
+        state = None if cache is None else _state(cache.layers[self.layer_idx])
         own = {**forward.__globals__, _SCAN: _Scan(state)}
         run = FunctionType(
             forward.__code__, own, forward.__name__, forward.__defaults__, forward.__closure__
@@ -68,6 +67,12 @@ def _resuming(forward: FunctionType) -> Callable[..., Any]:
         return run(self, hidden_states, *args, **kwargs)
 
     return resumed
+
+
+def _state(layer: Any) -> torch.Tensor | None:
+    """What a scan starts from, if the layer holds anything."""
+    found: torch.Tensor | None = layer.recurrent_states[0] if layer.has_previous_state[0] else None
+    return found
 
 
 class _Scan:

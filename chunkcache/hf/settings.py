@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-_PLAIN = (bool, int, float, str, type(None))
+PLAIN = (bool, int, float, str, type(None))
+HOLDERS = (dict, list, tuple, set, frozenset)
 
-# What libraries change on modules although it decides nothing in evaluation mode: a compiled copy of
-# the call, and where the images of the last prompt put its positions.
+# What libraries change on modules although it decides nothing here: a compiled copy of the call, that
+# hooks which collect hidden states are there, and where the last prompt's images put its positions.
 VOLATILE = {
     "training",
     "_is_hf_initialized",
     "warnings_issued",
     "_compiled_call_impl",
+    "_output_capturing_hooks_installed",
     "rope_deltas",
 }
 
@@ -26,7 +28,7 @@ def freeze(value: object, empty: bool = False) -> Hashable:
     >>> freeze({"r": [8, 16]}), freeze([]), freeze(object())
     (('dict', (('r', ('list', (('int', 8), ('int', 16)))),)), None, None)
     """
-    if isinstance(value, _PLAIN):
+    if isinstance(value, PLAIN):
         return type(value).__name__, value
     if isinstance(value, dict):
         pairs = tuple((str(key), freeze(item, empty)) for key, item in value.items())

@@ -7,12 +7,13 @@ say nothing, so everything that looks at weights looks at these parts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
 Named = tuple[str, torch.Tensor]
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _NO_PART = (type, torch.nn.Module)
 _DEPTH = 3  # of objects beside a tensor's numbers: a quantisation state may hold another one
 
@@ -23,8 +24,14 @@ def tensors_of(model: torch.nn.Module) -> list[Named]:
     return [part for name, tensor in whole for part in parts(name, tensor)]
 
 
-def parts(name: str, tensor: torch.Tensor) -> Iterator[Named]:
+def parts(name: str, tensor: torch.Tensor) -> Iterable[Named]:
     """The plain tensors that a tensor is made of: itself, if it is plain."""
+    if type(tensor) in _PLAIN and not tensor.__dict__:  # nearly all
+        return ((name, tensor),)
+    return _parts(name, tensor)
+
+
+def _parts(name: str, tensor: torch.Tensor) -> Iterator[Named]:
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is None:
         yield name, tensor

@@ -16,7 +16,7 @@ from chunkcache.hf.twin import make_twin
 from chunkcache.kv import Pool, PoolRun
 
 _SEED = 20240515
-_MARGIN, _MOST = 4, 10  # times what rounding of the embeddings does, and times what is usual
+MARGIN, _MOST = 4, 10  # times what rounding of the embeddings does, and times what is usual
 _TOLERANCE = {torch.float32: 2e-5, torch.float64: 2e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
 
@@ -62,7 +62,7 @@ class Trial:
         # Roundings of many layers add up like a random walk.
         depth = max(1.0, self.layers / 8) ** 0.5
         usual = _TOLERANCE.get(dtype, 1e-2) * scale * depth
-        allowed = usual if error <= usual else min(_MOST * usual, _MARGIN * self.noise)
+        allowed = usual if error <= usual else min(_MOST * usual, MARGIN * self.noise)
         if not error <= allowed:
             allowed = max(allowed, usual)
             raise self.refuse(
@@ -94,14 +94,20 @@ class Trial:
             return float((twin(**inputs, use_cache=False).logits - before).abs().max())
 
     def resumption(self, carrier: Carrier, fixed: Snapshot | None = None) -> torch.Tensor:
-        """Runs a prompt cut at chunks, and again from what was stored after the second.
+        """Runs the second prompt cut at chunks, and again from what was stored after two of them.
 
-        Returns the logits of the whole run, `[tokens, vocabulary]`.
+        The second, since what is known of a cache was seen on the first. Returns the logits of the
+        whole run, `[tokens, vocabulary]`.
 
         Raises:
             UnsupportedModelError: what was resumed is not bit for bit the same.
         """
-        size, ids = self.chunk_size, self.ids[0]
+        size, ids = self.chunk_size, self.ids[1]
+        if self.tokens < 2 * size + 8:
+            raise self.refuse(
+                f"it has {self.tokens + 1} positions, too few to try two chunks of {size} tokens on "
+                "(lower chunk_size)"
+            )
         cold = carrier.open(Source([], fixed=fixed))
         head = [carrier.logits(cold, ids[at : at + size]) for at in (0, size)]
         snapshot = cold.snapshot() if carrier.snapshots else None
@@ -142,7 +148,9 @@ def _text(model: PreTrainedModel) -> Any:
 def position_limit(model: PreTrainedModel) -> int | None:
     """Tokens a prompt may have at most; None if the configuration names no limit."""
     config = _text(model)
-    names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
+    names = ["max_position_embeddings", "max_target_positions", "n_positions", "max_seq_len"]
+    if model.config.is_encoder_decoder:
+        names = names[:2]  # T5's positions are relative, whatever n_positions says
     known = [getattr(config, name, None) for name in names]
     limits = [limit for limit in [*known, fixed_rope_limit(model)] if limit and limit > 0]
     return min(limits) if limits else None

@@ -67,6 +67,7 @@ class PrefixStore:
         self.pool = Pool(layout, budget)
         self.flow = Flow()
         self._policy = policy
+        self.snapshot_budget = snapshot_budget
         self._order = SnapshotOrder(snapshot_budget)
         self._alive: WeakValueDictionary[bytes, PrefixTree] = WeakValueDictionary()
         self._filled: dict[bytes, PrefixTree] = {}  # exactly the trees that hold something

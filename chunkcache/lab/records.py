@@ -15,8 +15,8 @@ class Reuse:
         prompt_tokens: length of the prompt, without padding.
         cached_tokens: tokens whose KV was reused instead of computed.
         tiers: cached tokens by where they lay; the values sum up to `cached_tokens`.
-        divergence: index of the first token that was not reused; None if all that may be reused
-            was (the last token is always computed, since its logits are needed).
+        divergence: index of the first token that differs from what is stored; None if all that may
+            be reused is stored (the last token is always computed, since its logits are needed).
         reason: why reuse ended there, in words.
     """
 
@@ -53,6 +53,8 @@ class Stats:
             no room although everything evictable had left.
         phase_one, phase_one_refused: shared runs attended to by several rows in one product, and
             those the gate left to single rows.
+        snapshots, snapshot_bytes: states stored now, of models that need them, and their budget and
+            flow, which are apart from those of chunks.
         exactness: "bit-exact rows", "bit-exact at borders" or "within tolerance".
         kernel: what computes attention.
     """
@@ -83,6 +85,12 @@ class Stats:
     refused_chunks: int
     phase_one: int
     phase_one_refused: int
+    snapshots: int = 0
+    snapshot_bytes: int = 0
+    snapshot_capacity_bytes: int = 0
+    stored_snapshots: int = 0
+    evicted_snapshots: int = 0
+    refused_snapshots: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -121,6 +129,7 @@ class TreeRow:
         start, tokens: position of the first token, and how many the node holds.
         hits: prompts that reused the node; idle: seconds since the last use.
         text: the beginning of the node, decoded; empty without a tokenizer.
+        snapshots, snapshot_bytes: states that lie in it.
     """
 
     depth: int
@@ -134,6 +143,8 @@ class TreeRow:
     names: tuple[str, ...]
     tier: str
     text: str
+    snapshots: int = 0
+    snapshot_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""

@@ -114,6 +114,14 @@ def _named(stats: Mapping[str, Any]) -> Table:
 
 def _memory(stats: Mapping[str, Any]) -> Table:
     stored, capacity = stats["bytes"], stats["capacity_bytes"]
+    states: dict[str, str] = {}
+    if most := stats.get("snapshot_capacity_bytes"):
+        held = stats["snapshot_bytes"]
+        states = {
+            "snapshots": f"{number(stats['snapshots'])}, {size(held)} of {size(most)}",
+            "snapshots evicted so far": number(stats["evicted_snapshots"]),
+            "snapshots refused so far": number(stats["refused_snapshots"]),
+        }
     return pairs(
         "Memory",
         {
@@ -125,7 +133,8 @@ def _memory(stats: Mapping[str, Any]) -> Table:
             "chunks evicted so far": number(stats["evicted_chunks"]),
             "chunks refused so far": number(stats["refused_chunks"]),
             "running requests": f"{size(stats['tail_bytes'])} of their own",
-        },
+        }
+        | states,
     )
 
 
@@ -150,6 +159,7 @@ def _node(row: Mapping[str, Any]) -> Text:
     facts = [
         f"{number(row['tokens'])} tokens",
         size(row["bytes"]),
+        *([f"{number(row['snapshots'])} snapshots"] if row.get("snapshots") else []),
         f"{number(row['hits'])} hits",
         f"used {duration(row['idle'])} ago",
         *(["pinned"] if row["pinned"] else []),

@@ -86,7 +86,11 @@ class _Gauges(Collector):
     def collect(self) -> Iterable[Metric]:
         """The gauges of this moment."""
         stats = self._cached.stats()
-        stored = {"device": stats.bytes, "tail": stats.tail_bytes}
+        stored = {
+            "device": stats.bytes,
+            "tail": stats.tail_bytes,
+            "snapshot": stats.snapshot_bytes,
+        }
         held = GaugeMetricFamily("chunkcache_bytes", "Bytes of KV held, by place", labels=["place"])
         for place, size in stored.items():
             held.add_metric([place], size)

@@ -259,7 +259,10 @@ def test_prompts_of_text_are_reused(name: str) -> None:
     ask(cached, head + ids(9, seed=1))
     rows = [head + ids(5, seed=2), head[:40] + ids(3, seed=3)]
     hit = ask(cached, *rows)
-    assert [reuse.cached_tokens for reuse in cached.last_reuse] == [64, 32 if name == "Mllama" else 40]
+    assert [reuse.cached_tokens for reuse in cached.last_reuse] == [
+        64,
+        32 if name == "Mllama" else 40,
+    ]
     assert same(hit, ask(wrapped(model), *rows))
     for number, row in enumerate(rows):
         alone = ask(model, row)
@@ -301,7 +304,7 @@ def test_token_types_that_say_nothing_are_left_out() -> None:
     ask(cached, ids(40))
     types = {"token_type_ids": torch.zeros(1, 40, dtype=torch.long), "pixel_values": None}
     ask(cached, ids(40), **types)
-    assert cached.last_reuse[0].cached_tokens == 39
+    assert cached.last_reuse[0].cached_tokens == 32
     types["token_type_ids"][0, 3] = 1
     ask(cached, ids(40), **types)
     assert "token_type_ids" in cached.last_reuse[0].reason
@@ -392,7 +395,7 @@ def test_speech_with_padding_runs_on_the_plain_model() -> None:
     ("name", "advice"), [("Whisper", "use it as it is"), ("Blip2", "wrap its language_model")]
 )
 def test_a_generate_of_its_own_is_refused(name: str, advice: str) -> None:
-    with pytest.raises(chunkcache.UnsupportedModelError, match="generate.. of its own") as found:
+    with pytest.raises(chunkcache.UnsupportedModelError, match=r"generate\(\) of its own") as found:
         chunkcache.wrap(model_of(name))
     assert advice in str(found.value)
     report = chunkcache.verify(model_of(name))
@@ -403,4 +406,4 @@ def test_the_language_model_inside_is_wrapped_instead() -> None:
     cached = wrapped(model_of("Blip2").language_model)
     ask(cached, ids(40))
     ask(cached, ids(40))
-    assert cached.last_reuse[0].cached_tokens == 39
+    assert cached.last_reuse[0].cached_tokens == 32

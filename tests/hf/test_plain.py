@@ -98,7 +98,9 @@ def folder(tmp_path: Any) -> Any:
     return tmp_path
 
 
-@pytest.mark.parametrize("where", ["auto", {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}], ids=str)
+@pytest.mark.parametrize(
+    "where", ["auto", {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}], ids=str
+)
 def test_a_model_that_accelerate_placed(folder: Any, where: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         folder / "model", device_map=where, dtype=torch.float32
@@ -181,7 +183,9 @@ def stored_tensors(cached: Any) -> list[list[torch.Tensor]]:
     if cached.proof.tier == "A":
         return list(stored(cached).values())
     runs = [node.run for tree in cached.store.trees() for node in tree.walk()]
-    return [[run.layer(number)[0]] for run in runs for number in range(len(cached.proof.layout.layers))]
+    return [
+        [run.layer(number)[0]] for run in runs for number in range(len(cached.proof.layout.layers))
+    ]
 
 
 # -- half precision

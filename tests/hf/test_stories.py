@@ -25,7 +25,7 @@ def stories(shared_data):
 def test_golden_outputs_cold_warm_and_under_pressure(stories, chunks, exactness):
     model, tokenizer, golden = stories
     config = chunkcache.Config(
-        chunk_size=16, border=32, device_bytes=CHUNK_BYTES * chunks, exactness=exactness
+        chunk_size=16, device_bytes=CHUNK_BYTES * chunks, exactness=exactness
     )
     cached = chunkcache.wrap(model, tokenizer, config)
     expected = golden["greedy_ids_256"]

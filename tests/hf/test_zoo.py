@@ -15,7 +15,7 @@ import chunkcache
 from chunkcache.hf.model import CachedModel
 from chunkcache.native.library import libraries
 from docs import generate_models
-from tests.zoo import REFUSED, REUSED, ZOO, zoo_model
+from tests.zoo import REFUSED, REUSED, ZOO, build, zoo_model
 
 CASES = int(os.environ.get("CHUNKCACHE_FUZZ", "20"))  # per architecture
 CHUNK, NEW = 16, 3
@@ -32,7 +32,9 @@ def pair(name: str) -> tuple[CachedModel, CachedModel]:
     return chunkcache.wrap(model, config=config), chunkcache.wrap(model, config=config)
 
 
-def ask(model: Any, rows: list[list[int]], encoded: list[list[int]] | None = None) -> Any:
+def ask(
+    model: Any, rows: list[list[int]], encoded: list[list[int]] | None = None, **kwargs: Any
+) -> Any:
     """Greedy generation with the logits of each step; prompts are padded on the left."""
     settings = {
         "max_new_tokens": NEW,
@@ -42,7 +44,7 @@ def ask(model: Any, rows: list[list[int]], encoded: list[list[int]] | None = Non
         "output_logits": True,
         "pad_token_id": 0,
         "use_cache": True,
-    }
+    } | kwargs
     if encoded is None:
         ids, mask = padded(rows, left=True)
         return model.generate(ids, attention_mask=mask, **settings)
@@ -131,6 +133,7 @@ class Fuzz:
         self.random = random.Random(f"{name} {os.environ.get('CHUNKCACHE_FUZZ_SEED', 0)}")
         self.cached = cached
         self.empty = empty
+        self.bits = True
         self.encodes = bool(cached.model.config.is_encoder_decoder)
         longest = cached.proof.limit or 110
         self.prompts = [ids(self.random, longest) for _ in range(2)]
@@ -149,7 +152,8 @@ class Fuzz:
         encoded = [self.random.choice(self.inputs) for _ in rows] if self.encodes else None
         ours = ask(self.cached, rows, encoded)
         self.empty.flush()
-        assert same_bits(ours, ask(self.empty, rows, encoded)), (rows, encoded)
+        cold = ask(self.empty, rows, encoded)
+        assert not self.bits or same_bits(ours, cold), (rows, encoded)
         assert_like_plain(ours, self.cached.model, rows, encoded)
 
     def prompt(self, length: int | None) -> list[int]:
@@ -172,6 +176,77 @@ class Fuzz:
                 tree.evict_snapshots(self.random.randint(1, 50_000))
         if self.random.random() < 0.05:
             self.cached.flush()
+
+
+def test_ties_limit_reuse_to_the_length_that_was_proved() -> None:
+    """With few indexer heads many scores are zero, and which of them count depends on the length."""
+    few = {"index_n_heads": 1, "index_topk": 32}
+    model = build("deepseek_v32", ZOO["deepseek_v32"] | few)
+    with chunkcache.wrap(model, config=chunkcache.Config(chunk_size=CHUNK)) as cached:
+        longest = cached.proof.limit
+        assert longest == 3 * CHUNK  # the last piece of such a prompt is the first with a choice
+        random_ = random.Random(1)
+        shared = ids(random_, 80)
+        for tokens in (shared[:longest], shared[: longest - 5] + [5], shared, shared + [7]):
+            ours = ask(cached, [tokens])
+            assert_like_plain(ours, model, [tokens], None)
+        assert cached.last_reuse[0].cached_tokens == 0
+        assert cached.last_reuse[0].reason.startswith(f"longer than {longest} tokens")
+        cached.store.check()
+
+
+def test_rows_of_a_batch_do_not_see_each_other() -> None:
+    """Where every row runs alone, its bits are the same in any company."""
+    for name in ("bloom", "mamba2", "xlstm"):
+        cached, empty = pair(name)
+        random_ = random.Random(2)
+        rows = [ids(random_, count) for count in (3, 40, 1, 17)]
+        together = ask(cached, rows)
+        for number, row in enumerate(rows):
+            empty.flush()
+            alone = ask(empty, [row])
+            for ours, theirs in zip(together.logits, alone.logits, strict=True):
+                assert torch.equal(ours[number], theirs[0]), name
+
+
+@pytest.mark.parametrize("name", ["bloom", "bamba", "mamba2", "t5", "gemma3_text", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "beams", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}]
+)
+def test_beams_and_samples_are_the_plain_models(name: str, beams: dict[str, Any]) -> None:
+    cached, _ = pair(name)
+    random_ = random.Random(3)
+    rows = [ids(random_, 21)]
+    encoded = [ids(random_, 18)] if cached.model.config.is_encoder_decoder else None
+    for _ in range(2):  # a miss, then a hit
+        torch.manual_seed(0)
+        ours = ask(cached, rows, encoded, **beams)
+        torch.manual_seed(0)
+        plain = ask(cached.model, rows, encoded, **beams)
+        assert torch.equal(ours.sequences, plain.sequences)
+
+
+@pytest.mark.parametrize("name", ["phimoe", "bamba", "gemma2", "deepseek_v3", "bloom", "mamba"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kernel": "torch"},
+        {"exactness": "borders", "border": 3 * CHUNK},
+        {"prefill_step": 5, "snapshot_interval": 48, "snapshot_bytes": "60KB"},
+        {"mode": "fast", "prefill_step": 7},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_settings_do_not_change_answers(name: str, settings: dict[str, Any]) -> None:
+    model = zoo_model(name)
+    config = chunkcache.Config(chunk_size=CHUNK, device_bytes="1MiB", **settings)
+    with (
+        chunkcache.wrap(model, config=config) as cached,
+        chunkcache.wrap(model, config=config) as e,
+    ):
+        history = Fuzz(name, cached, e)
+        history.bits = settings.get("mode") != "fast"
+        history.run(6)
 
 
 def test_the_zoo_is_large() -> None:
