@@ -62,6 +62,7 @@ class Prefiller:
         rows: whether products do not depend on where they are cut. If they do, exactness asks to
             reuse and cut at borders only, so that a hit runs the very same products as a miss.
         longest: prompts longer than this are not reused; None if all may be.
+        avoid: prompts that contain this token are not reused; None if all may be.
         current: the space of the model as it is now, None if nothing may be stored; state of a model
             that changed meanwhile is not stored.
     """
@@ -73,12 +74,14 @@ class Prefiller:
         settings: Config,
         rows: int,
         longest: int | None,
+        avoid: int | None,
         current: Callable[[], Space | None],
     ):
         self.carrier = carrier
         self.store = store
         self.settings = settings
         self.longest = longest
+        self.avoid = avoid
         self.current = current
         self.aligned = settings.mode == "exact" and not rows
         whole = carrier.layout.chunk_size if not carrier.reads_in_place else 1
@@ -100,10 +103,10 @@ class Prefiller:
         encoding: Encoding | None = None,
     ) -> Row:
         """A row with everything that can be reused of its first `limit` tokens (all but the last)."""
-        if self.longest is not None and len(tokens) > self.longest:
-            return self._unproved(space, tokens)
         if encoding is not None:
             space = Space(encoding.space(space.name), space.epoch)
+        if why := self._unproved(tokens):
+            return self._whole(space, tokens, encoding, why)
         limit = len(tokens) - 1 if limit is None else limit
         flight = None
         while flight is None:
@@ -122,11 +125,23 @@ class Prefiller:
         found = self.store.tree(space.name).snapshot_at(tokens, limit)
         return 0 if found is None else found.position
 
-    def _unproved(self, space: Space, tokens: list[int]) -> Row:
+    def _unproved(self, tokens: list[int]) -> str:
+        """Why a prompt is one for which reuse is not proved; nothing if it is."""
+        if self.longest is not None and len(tokens) > self.longest:
+            return f"longer than {self.longest} tokens, up to which reuse is proved"
+        if self.avoid is not None and self.avoid in tokens:
+            return f"token {self.avoid} (padding) shifts the positions of those behind it"
+        return ""
+
+    def _whole(self, space: Space, tokens: list[int], encoding: Encoding | None, why: str) -> Row:
         """A row that reuses nothing and runs in one piece, as the plain model would."""
-        why = f"longer than {self.longest} tokens, up to which reuse is proved"
-        reuse = Reuse(len(tokens), 0, {}, 0, why)
-        return Row(space, tokens, self.carrier.open(Source([])), [], reuse, whole=True)
+        reuse, fixed = Reuse(len(tokens), 0, {}, 0, why), None
+        if encoding is not None:
+            with self.store.lease(space.name, [], 0) as lease:
+                fixed, known = self._encoded(space, encoding, lease)
+            reuse = _with_encoder(reuse, encoding.tokens, known)
+        carried = self.carrier.open(Source([], fixed=fixed))
+        return Row(space, tokens, carried, [], reuse, whole=True)
 
     def _encoded(self, space: Space, encoding: Encoding, lease: Lease) -> tuple[Snapshot, bool]:
         """What is left of an encoder's input, and whether that was stored."""

@@ -45,6 +45,7 @@ class Proof:
         kernel: name of the attention kernel it holds for.
         linear: name of what multiplies in linear layers.
         limit: the longest prompt it holds for; None if no end was seen.
+        avoid: a token of prompts for which it does not hold; None if there is none.
         refused: better ways that did not prove themselves, and why.
         adapters: the state of the adapters it holds for.
     """
@@ -58,6 +59,7 @@ class Proof:
     kernel: str
     linear: str
     limit: int | None = None
+    avoid: int | None = None
     refused: dict[str, str] = field(default_factory=dict)
     adapters: Hashable = ()
 
@@ -176,6 +178,7 @@ class Prover:
             kernel,
             trial.linear,
             getattr(trial, "limit", None),
+            getattr(trial, "avoid", None),
         )
 
 

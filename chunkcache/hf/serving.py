@@ -68,6 +68,7 @@ class Servings:
             self.settings,
             proof.rows,
             proof.limit,
+            proof.avoid,
             lambda: current(serving),  # asked when it is there
         )
         serving = Serving(proof, prefiller, space(proof, prefiller))

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from chunkcache.errors import UnsupportedModelError
 from chunkcache.hf.carrier import Carried, Carrier, Snapshot, Source
 from chunkcache.hf.fingerprint import product_type
+from chunkcache.hf.sample import encoder_inputs
 from chunkcache.hf.twin import make_twin
 from chunkcache.kv import Pool, PoolRun
 
@@ -36,6 +37,9 @@ class Trial:
         words = model.get_input_embeddings().weight.shape[0]
         generator = torch.Generator().manual_seed(_SEED)
         ids = torch.randint(0, words, (3, self.tokens), generator=generator, device="cpu")
+        self.pad = getattr(_text(model), "pad_token_id", None)
+        if self.pad is not None:
+            ids[ids == self.pad] = (self.pad + 1) % words  # it may stand for no token at all
         self.ids: list[list[int]] = ids.tolist()
         self.layers = int(getattr(_text(model), "num_hidden_layers", 0) or 1)
 
@@ -88,7 +92,7 @@ class Trial:
         with torch.no_grad():
             inputs = {"input_ids": ids}
             if self.model.config.is_encoder_decoder:
-                inputs["decoder_input_ids"] = ids
+                inputs = {**encoder_inputs(self.model, self.ids[2]), "decoder_input_ids": ids}
             before = twin(**inputs, use_cache=False).logits
             twin.get_input_embeddings().register_forward_hook(nudge)
             return float((twin(**inputs, use_cache=False).logits - before).abs().max())

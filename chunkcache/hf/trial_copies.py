@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from chunkcache.config import Config
 from chunkcache.errors import UnsupportedModelError
 from chunkcache.hf.call import Call
-from chunkcache.hf.carrier import Source
+from chunkcache.hf.carrier import Snapshot, Source
 from chunkcache.hf.copy_in import CopyIn, Facts
 from chunkcache.hf.form import Ends, Form, FormError, Kind, kinds, windowed
 from chunkcache.hf.linear import serve
@@ -28,6 +28,7 @@ class CopyTrial(Trial):
         error: largest difference of logits to the model's own forward in one piece.
         limit: the longest prompt for which that is rounding; None if no end was seen. Sparse
             attention breaks ties by the length of the whole prompt, once there is one.
+        avoid: a token whose prompts are not reused; None if there is none.
     """
 
     def __init__(self, model: PreTrainedModel, twin: PreTrainedModel, settings: Config):
@@ -41,6 +42,7 @@ class CopyTrial(Trial):
         self.settings = settings
         self.error = 0.0
         self.limit: int | None = None
+        self.avoid: int | None = None
         self.linear = "torch"
 
     def run(self) -> CopyIn:
@@ -57,7 +59,25 @@ class CopyTrial(Trial):
         except FormError as error:
             raise self.refuse(f"{error}; a larger chunk_size may help") from error
         self._compare(logits, carrier)
+        self.avoid = self._moved_by(carrier, fixed)
         return carrier
+
+    def _moved_by(self, carrier: CopyIn, fixed: Snapshot | None) -> int | None:
+        """The padding token, if one inside a prompt shifts the positions of what comes behind.
+
+        Such models (Speech2Text) count the tokens that are no padding, but in one forward only.
+        """
+        if self.pad is None:
+            return None
+        ids, size = list(self.ids[2][: 2 * self.chunk_size]), self.chunk_size
+        ids[size // 2] = self.pad
+        carried = carrier.open(Source([], fixed=fixed))
+        cut = [carrier.logits(carried, ids[at : at + size]) for at in (0, size)]
+        try:
+            self.within(torch.cat(cut), self._plain(ids), _CUT)
+        except UnsupportedModelError:
+            return int(self.pad)
+        return None
 
     def _compare(self, logits: torch.Tensor, carrier: CopyIn) -> None:
         """Compares with the model's own forward; failing that, finds up to which length they agree.
