@@ -226,7 +226,7 @@ def test_beams_and_samples_are_the_plain_models(name: str, beams: dict[str, Any]
         assert torch.equal(ours.sequences, plain.sequences)
 
 
-@pytest.mark.parametrize("name", ["phimoe", "bamba", "gemma2", "deepseek_v3", "bloom", "mamba"])
+@pytest.mark.parametrize("name", ["phimoe", "bamba", "gemma2", "minicpm3", "bloom"])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -246,7 +246,7 @@ def test_settings_do_not_change_answers(name: str, settings: dict[str, Any]) -> 
     ):
         history = Fuzz(name, cached, e)
         history.bits = settings.get("mode") != "fast"
-        history.run(6)
+        history.run(4)
 
 
 def test_the_zoo_is_large() -> None:
