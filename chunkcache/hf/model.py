@@ -373,14 +373,21 @@ class CachedModel:
             Tokens stored: whole chunks only.
 
         Raises:
-            PromptError: shorter than a chunk, or not a prompt.
+            PromptError: shorter than a chunk, not a prompt, or one for which reuse is not proved.
             PoolExhaustedError: the budget cannot hold it; nothing is pinned.
+            UnsupportedRequestError: the model is an encoder-decoder.
             ModelChangedError: the model changed meanwhile; nothing is pinned.
         """
         self._check_usable()
+        if self.model.config.is_encoder_decoder:
+            raise UnsupportedRequestError(
+                "an encoder's input is stored by the first generate() that it is given to"
+            )
         ids = self._ids(prompt)
         arguments.read_prompts(torch.tensor([ids]), None, self.model, self._limit, None)
         serving = self._serving()
+        if why := serving.prefiller.unproved(ids):
+            raise PromptError(f"this prompt cannot be stored: {why}")
         space, prefiller = serving.space, serving.prefiller
         row = prefiller.open(space, ids, len(ids))
         try:
@@ -401,8 +408,13 @@ class CachedModel:
                 f"only {stored} of {len(ids)} tokens fit: what else is stored is in use or pinned; "
                 "raise device_bytes or flush()"
             )
+        tree = self.store.tree(space.name)
+        if prefiller.carrier.snapshots and tree.snapshot_at(ids, stored) is None:
+            raise PoolExhaustedError(
+                "no snapshot of its state fits beside those that are pinned; raise snapshot_bytes"
+            )
         if pin:
-            self.store.tree(space.name).pin(ids[:stored], name, ttl)
+            tree.pin(ids[:stored], name, ttl)
         return stored
 
     def _ids(self, prompt: Any) -> list[int]:

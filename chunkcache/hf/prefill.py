@@ -105,7 +105,7 @@ class Prefiller:
         """A row with everything that can be reused of its first `limit` tokens (all but the last)."""
         if encoding is not None:
             space = Space(encoding.space(space.name), space.epoch)
-        if why := self._unproved(tokens):
+        if why := self.unproved(tokens):
             return self._whole(space, tokens, encoding, why)
         limit = len(tokens) - 1 if limit is None else limit
         flight = None
@@ -125,7 +125,7 @@ class Prefiller:
         found = self.store.tree(space.name).snapshot_at(tokens, limit)
         return 0 if found is None else found.position
 
-    def _unproved(self, tokens: list[int]) -> str:
+    def unproved(self, tokens: list[int]) -> str:
         """Why a prompt is one for which reuse is not proved; nothing if it is."""
         if self.longest is not None and len(tokens) > self.longest:
             return f"longer than {self.longest} tokens, up to which reuse is proved"

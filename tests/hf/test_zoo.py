@@ -195,6 +195,33 @@ def test_ties_limit_reuse_to_the_length_that_was_proved() -> None:
         cached.store.check()
 
 
+def test_preloads_that_cannot_be_kept_say_why() -> None:
+    cached, _ = pair("t5")
+    with pytest.raises(chunkcache.UnsupportedRequestError, match="encoder's input"):
+        cached.preload(list(range(3, 60)))
+    config = chunkcache.Config(chunk_size=CHUNK, snapshot_bytes=100)
+    with (
+        chunkcache.wrap(zoo_model("mamba2"), config=config) as small,
+        pytest.raises(chunkcache.PoolExhaustedError, match="raise snapshot_bytes"),
+    ):
+        small.preload(list(range(3, 60)), name="bot")
+    cached, _ = pair("deepseek_v32")
+    with pytest.raises(chunkcache.PromptError, match="up to which reuse is proved"):
+        cached.preload([5] * 70)
+
+
+def test_a_named_prompt_leaves_a_snapshot_at_its_end() -> None:
+    cached, _ = pair("bamba")
+    cached.flush()
+    random_ = random.Random(4)
+    system = ids(random_, 4 * CHUNK)
+    assert cached.preload(system, name="bot") == 4 * CHUNK
+    ask(cached, [system + ids(random_, 9)])
+    assert cached.last_reuse[0].cached_tokens == 4 * CHUNK
+    assert cached.stats().named["bot"]["cached_tokens"] == 4 * CHUNK
+    cached.flush()
+
+
 def test_rows_of_a_batch_do_not_see_each_other() -> None:
     """Where every row runs alone, its bits are the same in any company."""
     for name in ("bloom", "mamba2", "xlstm"):
