@@ -329,7 +329,11 @@ def build(name: str, fields: Fields) -> PreTrainedModel:
         pytest.skip(f"this version of transformers has no {name}, or it resumes wrongly")
     config = AutoConfig.for_model(name, **fields)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model: PreTrainedModel = kind.from_config(config)
+    return randomised(kind.from_config(config))
+
+
+def randomised(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with other weights, always the same."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for weights in model.parameters():

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import enum
 import types
+from collections import UserDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -177,7 +178,10 @@ def _walk(node: object, path: Path) -> Iterator[tuple[Path, object]]:
 
 def _children(node: object, path: Path) -> list[tuple[object, object]]:
     if isinstance(node, Mapping | list | tuple):
-        if vars(node).keys() - {"data"} if hasattr(node, "__dict__") else False:
+        own = getattr(node, "__dict__", {}).keys() - (
+            {"data"} if isinstance(node, UserDict) else set()
+        )
+        if own:
             raise FormError(f"its cache holds a {type(node).__name__} with attributes of its own")
         return list(node.items() if isinstance(node, Mapping) else enumerate(node))
     if hasattr(node, "__dict__"):

@@ -26,6 +26,7 @@ from transformers.models.llama.modeling_llama import (
 
 import chunkcache
 from tests.models import FULL_ATTENTION, prompt, run, same, wrapped
+from tests.zoo import randomised
 
 HEAD = prompt(64)
 
@@ -293,12 +294,8 @@ class Bidirectional(OwnCode):
 
 def make(kind: type[CustomModel]) -> CustomModel:
     model = kind(CustomConfig(**FULL_ATTENTION["llama"]))
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for weights in model.parameters():
-            if weights.dim() >= 2:
-                weights.normal_(0, 0.08, generator=generator)
-    return model.eval()
+    randomised(model)
+    return model
 
 
 @pytest.mark.parametrize(

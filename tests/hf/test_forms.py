@@ -65,7 +65,7 @@ def test_one_tensor_in_two_places_is_two() -> None:
 def test_what_cannot_be_seen_through_is_refused(part: Any) -> None:
     cache = Odd(4)
     if isinstance(part, dict):
-        part.hidden = torch.ones(2)
+        part.data = torch.ones(2)  # where a UserDict keeps its items
     cache.extra = part
     with pytest.raises(FormError, match="holds a"):
         Form(cache)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 import chunkcache
 from chunkcache.hf.model import CachedModel
 from tests.models import prompt as random_ids
+from tests.zoo import randomised
 
 IMAGE = 120  # the placeholder's id
 _TEXT: dict[str, Any] = {
@@ -182,15 +183,6 @@ def model_of(name: str) -> PreTrainedModel:
     kind, settings = MODELS[name]
     found = getattr(transformers, kind)
     return randomised(found(found.config_class(**settings)))
-
-
-def randomised(model: PreTrainedModel) -> PreTrainedModel:
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for weights in model.parameters():
-            if weights.dim() >= 2:
-                weights.normal_(0, 0.08, generator=generator)
-    return model.eval()
 
 
 def wrapped(model: PreTrainedModel) -> CachedModel:
