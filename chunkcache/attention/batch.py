@@ -40,6 +40,7 @@ class Batch:
         self.gate = gate or Gate()
         self.decisions = decisions or Decisions()
         self.attended = 0
+        self.widths: set[int] = set()  # windows and spans that attention was told of
         self._groups: list[Group] | None = None
         self._plan: Plan | None = None
         self._places: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -112,6 +113,7 @@ class Batch:
         """
         assert self._plan is not None, "attend() outside of begin() and end()"
         self.attended += 1
+        self.widths |= {width for width in (rule.window, rule.span) if width is not None}
         return self._plan.attend(layer, query, self.arena.layer(layer), rule)
 
     def end(self) -> None:

@@ -15,6 +15,7 @@ from chunkcache.attention.rule import Rule
 from chunkcache.errors import UnsupportedModelError
 from chunkcache.hf.cache import NOTE, Note
 from chunkcache.hf.latent import Absorbed
+from chunkcache.hf.mask import register as register_mask
 from chunkcache.hf.running import latest
 
 NAME = "chunkcache"
@@ -123,5 +124,6 @@ def _refusal(module: torch.nn.Module, reason: str) -> UnsupportedModelError:
 
 
 def register() -> None:
-    """Makes the function known under NAME; done when a model is wrapped, harmless if repeated."""
+    """Makes the functions known under NAME; done when a model is wrapped, harmless if repeated."""
     AttentionInterface.register(NAME, chunk_attention)
+    register_mask(NAME)
