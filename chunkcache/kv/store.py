@@ -23,6 +23,7 @@ from chunkcache.tree import (
     LFU,
     LRU,
     Inserted,
+    LeafOrder,
     Lease,
     Policy,
     PrefixTree,
@@ -51,7 +52,8 @@ class Flow:
 class PrefixStore:
     """Finds, keeps and drops chunks and snapshots; the only place where tree and pool meet.
 
-    Thread-safe: one lock for all trees, because an insert into one may evict from another.
+    Thread-safe: one lock for all trees, because an insert into one may evict from another:
+    what is worth least leaves, wherever it is.
 
     Args:
         budget: bytes of chunks; snapshot_budget: bytes of snapshots, over all namespaces.
@@ -66,8 +68,8 @@ class PrefixStore:
         self.layout = layout
         self.pool = Pool(layout, budget)
         self.flow = Flow()
-        self._policy = policy
         self.snapshot_budget = snapshot_budget
+        self._leaves = LeafOrder(_POLICIES[policy]())
         self._order = SnapshotOrder(snapshot_budget)
         self._alive: WeakValueDictionary[bytes, PrefixTree] = WeakValueDictionary()
         self._filled: dict[bytes, PrefixTree] = {}  # exactly the trees that hold something
@@ -81,11 +83,11 @@ class PrefixStore:
             if tree is None:
                 tree = self._alive[namespace] = PrefixTree(
                     self.layout.chunk_size,
-                    _POLICIES[self._policy](),
                     on_evict=partial(self._freed, namespace),
                     lock=self._lock,
                     on_drop=partial(self._dropped, namespace),
                     snapshot_order=self._order,
+                    leaf_order=self._leaves,
                 )
             return tree
 
@@ -141,7 +143,7 @@ class PrefixStore:
         """
 
         def make_run(first: int, count: int) -> PoolRun | None:
-            run = self._room(namespace, count)
+            run = self._room(count)
             if run is None:
                 self.flow.refused += count
                 return None
@@ -163,14 +165,11 @@ class PrefixStore:
             finally:
                 self._settle(namespace)
 
-    def _room(self, namespace: bytes, count: int) -> PoolRun | None:
+    def _room(self, count: int) -> PoolRun | None:
         lacking = count - self.pool.available
         if lacking > 0:
-            for other, tree in list(self._filled.items()):
-                if other != namespace and lacking > 0 and tree.chunks:
-                    lacking -= tree.evict(lacking)
-            if lacking > 0:
-                self.tree(namespace).evict(lacking)
+            lacking -= sum(tree.expire() for tree in list(self._filled.values()))
+            self._leaves.evict(lacking)
         return self.pool.allocate(count) if self.pool.available else None
 
     def keep(self, namespace: bytes, tokens: list[int], position: int, snapshot: Snapshot) -> bool:

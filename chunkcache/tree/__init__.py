@@ -4,6 +4,7 @@ from chunkcache.errors import InvalidTokensError
 from chunkcache.tree.keys import TOKEN_BYTES, common_prefix, pack, unpack
 from chunkcache.tree.lease import Lease
 from chunkcache.tree.node import Inserted, Match, Miss, Node, Piece, Run
+from chunkcache.tree.order import LeafOrder
 from chunkcache.tree.policies import LFU, LRU, Policy, Priority
 from chunkcache.tree.prefix_tree import PrefixTree
 from chunkcache.tree.snapshots import Resume, Snapshot, SnapshotOrder
@@ -14,6 +15,7 @@ __all__ = [
     "TOKEN_BYTES",
     "Inserted",
     "InvalidTokensError",
+    "LeafOrder",
     "Lease",
     "Match",
     "Miss",

@@ -105,14 +105,16 @@ def _check_counters(tree: View, nodes: list[Node], findings: _Findings) -> None:
 
 
 def _check_order(tree: View, nodes: list[Node], findings: _Findings) -> None:
-    order = list(tree._structure.order)
+    everyone = tree._structure.order.entries
+    order = [entry for entry in everyone if entry[-1] is tree._structure]
     real = [n for n in nodes if not (n.children or n.leases or n.pins)]
     findings.equal({e[1] for e in order}, {n.serial for n in real}, "evictable leaves")
     findings.equal(len(order), len(real), "evictable leaves, counted")
-    findings.expect(all(a <= b for a, b in pairwise(order)), "order unsorted")
+    findings.expect(all(a <= b for a, b in pairwise(everyone)), "order unsorted")
     for node in nodes:
         if node._entry is not None:
-            findings.equal(node._entry, (node.priority, node.serial, node), "entry", node)
+            real_entry = (node.priority, node.serial, node, tree._structure)
+            findings.equal(node._entry, real_entry, "entry", node)
 
 
 def _check_lifetimes(tree: View, nodes: list[Node], findings: _Findings) -> None:

@@ -86,7 +86,7 @@ class Node:
         self.deadline = NEVER
         self.priority: Any = 0
         self._order: Any = None  # SortedList of the children's keys, from two children on
-        self._entry: tuple[Any, int, Node] | None = None  # its place in the eviction order
+        self._entry: tuple[Any, int, Node, Any] | None = None  # its place in the eviction order
         self._ghosts: dict[bytes, Miss] | None = None  # first chunks that left from under it
         self._names: tuple[str, ...] = ()
         self._pins: dict[str | None, Any] | None = None  # pins that end here

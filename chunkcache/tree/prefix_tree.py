@@ -23,7 +23,8 @@ from chunkcache.tree.keys import TOKEN_BYTES, common_prefix, pack
 from chunkcache.tree.lease import Growing, Lease
 from chunkcache.tree.lifetimes import Lifetimes, seconds_of
 from chunkcache.tree.node import Inserted, Match, Miss, Node, Piece, Run, climb, pieces_to
-from chunkcache.tree.policies import LRU, Policy
+from chunkcache.tree.order import LeafOrder
+from chunkcache.tree.policies import Policy
 from chunkcache.tree.snapshots import Resume, Snapshot, SnapshotOrder, Snapshots
 from chunkcache.tree.structure import Structure
 from chunkcache.tree.view import View
@@ -41,8 +42,8 @@ class PrefixTree(View):
     share memory must share a `lock`, since an insert into one may evict from another.
 
     `on_drop(snapshot)` is told of every snapshot that leaves, as `on_evict` of runs. Trees with one
-    budget for their snapshots share a `snapshot_order` as well; otherwise a tree has its own,
-    without a limit.
+    budget share a `leaf_order` (instead of a policy) and a `snapshot_order` as well; otherwise a
+    tree has its own, for snapshots without a limit.
 
     >>> tree = PrefixTree(chunk_size=2)
     >>> class Chunks(list):
@@ -70,6 +71,7 @@ class PrefixTree(View):
         lock: threading.RLock | None = None,
         on_drop: Callable[[Snapshot], object] | None = None,
         snapshot_order: SnapshotOrder | None = None,
+        leaf_order: LeafOrder | None = None,
     ) -> None:
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
@@ -79,8 +81,11 @@ class PrefixTree(View):
         self.touch = touch
         self._clock = clock
         self._lock = lock or threading.RLock()
+        if policy is not None and leaf_order is not None:
+            raise ValueError("the policy of a shared leaf_order decides: leave `policy` out")
         snapshots = Snapshots(snapshot_order or SnapshotOrder(), on_drop)
-        self._structure = Structure(chunk_size, policy or LRU(), on_evict, ghosts, snapshots)
+        order = leaf_order or LeafOrder(policy)
+        self._structure = Structure(chunk_size, order, on_evict, ghosts, snapshots)
         self._lifetimes = Lifetimes(self._structure)
         self._open: set[Lease | Growing] = set()
 
@@ -318,12 +323,13 @@ class PrefixTree(View):
     def evict(self, chunks: int) -> int:
         """Free at least `chunks` chunks if that many may leave; return how many were freed.
 
-        The least valuable leaf nobody holds goes first, from its tail: a long leaf loses only what
-        is needed. Expired nodes go before all. Runtime complexity: O(log leaves) a leaf.
+        The least valuable leaf nobody holds goes first, of all trees that share the order, from
+        its tail: a long leaf loses only what is needed. What expired in this tree goes before all.
+        Runtime complexity: O(log leaves) a leaf.
         """
         with self._lock:
             freed = self._lifetimes.expire(self._clock())
-            return freed + self._structure.evict(chunks - freed)
+            return freed + self._structure.order.evict(chunks - freed)
 
     def expire(self) -> int:
         """Drop what is past its TTL; return the chunks freed. O(1) if nothing is due."""

@@ -6,10 +6,6 @@ free is `chunks - held`. The price is O(depth) per hold, and paths are compresse
 
 A split gives the original Node object the lower half: every hold, name, pin, ghost and child
 refers to where a prompt *ends*, so nothing has to be found and moved.
-
-The eviction order is one SortedList of (priority, serial, node) over exactly the leaves nobody
-holds. Rejected: a heap built per eviction (SGLang: 70 ms at 41k leaves), a heap with lazy deletion
-(unbounded garbage under touches), a linked list (LRU only).
 """
 
 from __future__ import annotations
@@ -23,7 +19,7 @@ from chunkcache.errors import RunLengthError
 from chunkcache.tree.ghosts import Ghosts
 from chunkcache.tree.keys import TOKEN_BYTES
 from chunkcache.tree.node import Miss, Node, Run, climb, link, unlink
-from chunkcache.tree.policies import Policy
+from chunkcache.tree.order import LeafOrder
 from chunkcache.tree.snapshots import Snapshots
 
 
@@ -43,21 +39,20 @@ class Structure:
     def __init__(
         self,
         chunk_size: int,
-        policy: Policy,
+        order: LeafOrder,
         free: Callable[[Run], object] | None,
         ghosts: int,
         snapshots: Snapshots,
     ) -> None:
         self.chunk_bytes = chunk_size * TOKEN_BYTES
-        self.policy = policy
+        self.order = order
         self.free: Callable[[Run], object] = free or (lambda run: None)
         self.root = Node(0, b"", 0, _NoRun(), 0, None)
-        self.order: Any = SortedList()
         self.by_deadline: Any = SortedList()  # (deadline, serial, node) of nodes that expire
         self.named: dict[str, Node] = {}
         self.ghosts = Ghosts(ghosts)
         self.snapshots = snapshots
-        self.serial = self.tick = self.version = 0
+        self.version = 0
         self.chunks = self.leased = self.pinned = self.held = self.nodes = self.leaves = 0
 
     # -- counters and indexes, kept by taking a node out, changing it, and putting it back
@@ -79,14 +74,8 @@ class Structure:
     def place(self, node: Node) -> None:
         """Put a node into, or take it out of, the order of eviction. O(log leaves)."""
         wanted = not (node.children or node.leases or node.pins or node.parent is None)
-        if node._entry is not None:
-            if wanted and node._entry[0] == node.priority:
-                return
-            self.order.remove(node._entry)
-            node._entry = None
-        if wanted:
-            node._entry = (node.priority, node.serial, node)
-            self.order.add(node._entry)
+        if wanted or node._entry is not None:
+            self.order.place(node, self, wanted)
 
     def mark(self, node: Node, leases: int = 0, pins: int = 0) -> None:
         """Change the holds of one node. O(log leaves)."""
@@ -134,30 +123,32 @@ class Structure:
         The path is reindexed only once the policy has answered for all of it.
         """
         self.snapshots.order.tick += 1
-        path = climb(node)
+        path, order = climb(node), self.order
         for step in path if leaf_first else reversed(path):
-            self.tick += 1
-            step.tick = self.tick
+            order.tick += 1
+            step.tick = order.tick
             step.last_used = now
             if hit is not None:
                 step.hits += 1
                 step.hit_tokens += min(step.token_count, hit - step.start)
-            step.priority = self.policy.priority(step, now)
+            step.priority = order.policy.priority(step, now)
         self.place(node)
 
     # -- shape
 
+    def _next(self) -> int:
+        self.order.serial += 1
+        return self.order.serial
+
     def attach(self, parent: Node, data: bytes, run: Run, deadline: float, now: float) -> Node:
         """Add a leased leaf under a leased parent: an insert in progress holds both. O(log)."""
-        self.serial += 1
         self.version += 1
-        node = Node(
-            self.serial, data, parent.start + parent.token_count, run, len(run), parent
-        )  # fmt: skip
+        start = parent.start + parent.token_count
+        node = Node(self._next(), data, start, run, len(run), parent)
         node.created = node.last_used = now
-        node.tick = self.tick
+        node.tick = self.order.tick
         try:
-            node.priority = self.policy.priority(node, now)
+            node.priority = self.order.policy.priority(node, now)
         except BaseException:  # nothing is linked yet: give the run back, and let it pass
             self.free(run)
             raise
@@ -175,12 +166,11 @@ class Structure:
     def cut(self, node: Node, chunks: int) -> Node:
         """Split a node; return the new upper one of `chunks` chunks. O(tokens of the node)."""
         head, tail = split_run(node.run, node.chunks, chunks)
-        self.serial += 1
         self.version += 1
         edge = chunks * self.chunk_bytes
         parent = node.parent
         assert parent is not None
-        upper = Node(self.serial, node.data[:edge], node.start, head, chunks, parent)
+        upper = Node(self._next(), node.data[:edge], node.start, head, chunks, parent)
         for name in ("leases", "pins", "hits", "tick", "last_used", "created", "priority"):
             setattr(upper, name, getattr(node, name))
         upper.deadline, upper._overdue = node.deadline, node._overdue
@@ -248,18 +238,14 @@ class Structure:
             del self.named[name]
         node._names = ()
 
-    def evict(self, chunks: int) -> int:
-        """Free up to `chunks` chunks, least valuable leaf first, from its tail. O(log) a step."""
-        freed = 0
-        while freed < chunks and self.order:
-            leaf = self.order[0][2]
-            need = chunks - freed
-            if need < leaf.chunks:
-                self.trim(leaf, need, Miss.EVICTED)
-                return chunks
-            freed += leaf.chunks
-            self.policy.evicted(leaf)
-            self.drop_leaf(leaf, Miss.EVICTED)
+    def shed(self, leaf: Node, chunks: int) -> int:
+        """Evict up to `chunks` chunks of a leaf nobody holds, from its end; return how many."""
+        if chunks < leaf.chunks:
+            self.trim(leaf, chunks, Miss.EVICTED)
+            return chunks
+        freed = leaf.chunks
+        self.order.policy.evicted(leaf)
+        self.drop_leaf(leaf, Miss.EVICTED)
         return freed
 
 

@@ -90,6 +90,15 @@ def test_chunks_without_layers_count_as_their_ids():
         Pool(BARE, 15)
 
 
+def test_the_least_recently_used_chunks_of_all_namespaces_leave(store):
+    publish(store, b"hot")
+    publish(store, b"cold")
+    store.lease(b"hot", TOKENS, 16).release()
+    publish(store, b"cold", [90, *TOKENS[1:]])
+    assert store.tree(b"hot").match(TOKENS).tokens == 16
+    assert store.tree(b"cold").match(TOKENS).tokens == 0
+
+
 def test_the_least_recently_used_snapshot_of_all_namespaces_leaves(store):
     for namespace in (b"a", b"b"):
         publish(store, namespace)

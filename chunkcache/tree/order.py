@@ -1,0 +1,53 @@
+"""Which leaf leaves next, over all trees that share the order.
+
+One SortedList of (priority, serial, leaf, its tree) over exactly the leaves nobody holds. Trees over
+one pool share it, so that a prefix leaves because it is worth least, not because of its namespace.
+Rejected: a heap built per eviction (SGLang: 70 ms at 41k leaves), a heap with lazy deletion
+(unbounded garbage under touches), a linked list (LRU only), an order per tree (a pool's trees were
+emptied one after the other).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sortedcontainers import SortedList
+
+from chunkcache.tree.policies import LRU, Policy
+
+if TYPE_CHECKING:
+    from chunkcache.tree.node import Node
+    from chunkcache.tree.structure import Structure
+
+
+class LeafOrder:
+    """The order of eviction, and the counters that make its keys comparable between trees.
+
+    Trees that share an order must share a lock, and a tree must be cleared before it is given up.
+    """
+
+    def __init__(self, policy: Policy | None = None) -> None:
+        self.policy = policy or LRU()
+        self.entries: Any = SortedList()
+        self.serial = 0  # of the last node made
+        self.tick = 0  # of the last use
+
+    def place(self, node: Node, owner: Structure, wanted: bool) -> None:
+        """Put a node into the order, move it there, or take it out. O(log leaves)."""
+        entry = node._entry
+        if entry is not None:
+            if wanted and entry[0] == node.priority:
+                return
+            self.entries.remove(entry)
+            node._entry = None
+        if wanted:
+            node._entry = (node.priority, node.serial, node, owner)
+            self.entries.add(node._entry)
+
+    def evict(self, chunks: int) -> int:
+        """Free up to `chunks` chunks, least valuable leaf first, from its tail. O(log) a step."""
+        freed = 0
+        while freed < chunks and self.entries:
+            _, _, leaf, owner = self.entries[0]
+            freed += owner.shed(leaf, chunks - freed)
+        return freed
