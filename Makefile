@@ -43,7 +43,7 @@ demo: env
 	$(BIN)/chunkcache demo
 
 test: lint types
-	$(PYTEST) --doctest-modules chunkcache tests
+	$(PYTEST) -n auto --maxprocesses=8 --doctest-modules chunkcache tests
 
 lint: env
 	$(BIN)/ruff check .
