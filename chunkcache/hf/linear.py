@@ -76,25 +76,79 @@ def _multiply(
     library: Library, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     columns, depth = weight.shape
-    rows = input.reshape(-1, depth)
-    size = input.element_size()
-    if rows.stride(1) != 1 or rows.stride(0) * size % 4 or rows.data_ptr() % 4:
-        rows = rows.clone(memory_format=torch.contiguous_format)
+    rows = _whole(input.reshape(-1, depth))
     out = input.new_empty(len(rows), columns)
+    size = input.element_size()
     library.linear(
         TYPES[input.dtype],
-        rows.data_ptr(),
-        rows.stride(0) * size,
+        1,
         len(rows),
         depth,
-        weight.data_ptr(),
-        weight.stride(0) * size,
         columns,
+        (rows.data_ptr(), rows.stride(0) * size, 0),
+        (weight.data_ptr(), weight.stride(0) * size, 0),
+        False,
         0 if bias is None else bias.data_ptr(),
-        out.data_ptr(),
+        (out.data_ptr(), columns * size, 0),
         torch.get_num_threads(),
     )
     return out.view(*input.shape[:-1], columns)
+
+
+def _whole(rows: torch.Tensor) -> torch.Tensor:
+    """Rows that the library can read: numbers side by side, each row from a multiple of 4 bytes on."""
+    size = rows.element_size()
+    strides = [stride * size % 4 for stride in rows.stride()[:-1]]
+    if rows.stride(-1) == 1 and not any(strides) and rows.data_ptr() % 4 == 0:
+        return rows
+    return rows.clone(memory_format=torch.contiguous_format)
+
+
+def multiply_heads(
+    library: Library, input: torch.Tensor, weight: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
+    """input `[rows, heads, k]` times weight `[heads, k, n]`, which may be turned: out `[rows, heads, n]`.
+
+    A row's bits depend on the row and the weights alone, as in `multiply`. Either side of a head's
+    weights may lie side by side; they are read where they are. O(rows heads k n).
+
+    Raises:
+        ValueError: for tensors that the library, which is handed addresses, could not refuse.
+    """
+    rows, heads, depth = input.shape
+    columns = weight.shape[2]
+    size = input.element_size()
+    kinds = {(each.dtype, each.device.type) for each in (input, weight, out)}
+    known = kinds in ({(torch.float32, "cpu")}, {(torch.bfloat16, "cpu")})
+    across = weight.stride(2) == 1
+    lines = weight.stride(1 if across else 2)
+    starts = (lines * size, weight.stride(0) * size, weight.data_ptr())
+    readable = across or (weight.stride(1) == 1 and not any(n % 4 for n in starts))
+    if not (
+        known
+        and weight.shape[:2] == (heads, depth)
+        and out.shape == (rows, heads, columns)
+        and readable
+        and out.stride(2) == 1
+        and depth * size % 4 == 0
+        and input.numel() > 0
+    ):
+        raise ValueError(f"no product of {input.dtype} {tuple(input.shape)} by these weights")
+    input = _whole(input)
+    library.linear(
+        TYPES[input.dtype],
+        heads,
+        rows,
+        depth,
+        columns,
+        (input.data_ptr(), input.stride(0) * size, input.stride(1) * size),
+        (weight.data_ptr(), lines * size, weight.stride(0) * size),
+        across,
+        0,
+        (out.data_ptr(), out.stride(0) * size, out.stride(1) * size),
+        torch.get_num_threads(),
+    )
+    return out
 
 
 def serve(twin: torch.nn.Module, compiled: bool = True) -> str:
@@ -147,7 +201,19 @@ def _keeps_promise(library: Library, dtype: torch.dtype) -> bool:
     expected = rows.double() @ weight.double().T + bias.double()
     near = (whole.double() - expected).abs().max().item() < _NEAR[dtype]
     parts = [(at, size) for size in (1, 4, 7, 64) for at in (0, 5, 67)]
-    return near and all(
+    alone = all(
         torch.equal(multiply(library, rows[at : at + size], weight, bias), whole[at : at + size])
         for at, size in parts
+    )
+    return near and alone and _heads_agree(library, rows, weight)
+
+
+def _heads_agree(library: Library, rows: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether products per head, of weights either way round, have the bits of single products."""
+    x, turned = rows.view(len(rows), 3, -1), weight.view(len(weight), 3, -1).permute(1, 2, 0)
+    single = [multiply(library, x[:, head], turned[head].T.contiguous(), None) for head in range(3)]
+    expected = torch.stack(single, 1)
+    return all(
+        torch.equal(multiply_heads(library, x, one, torch.empty_like(expected)), expected)
+        for one in (turned, turned.contiguous())
     )

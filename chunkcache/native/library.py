@@ -16,7 +16,8 @@ import torch  # before the modules: it brings the symbol that they need
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in memory.h
 Shape = tuple[int, int, int, int, int, int, float, int, int, int, int, float]
 Queries = tuple[int, int, int, int, int]
-VERSION = 4  # of the modules' arithmetic and arguments; part of a kernel's name
+Matrices = tuple[int, int, int]
+VERSION = 5  # of the modules' arithmetic and arguments; part of a kernel's name
 SETS = ("avx512bf16", "avx512", "avx2")  # the best first
 
 
@@ -32,8 +33,8 @@ class Library(Protocol):
     def state_floats(self, shape: Shape, slots: int) -> int:
         """Memory for the states of a step."""
 
-    def linear(self, *arguments: int) -> None:
-        """x w^T + bias."""
+    def linear(self, *arguments: int | Matrices) -> None:
+        """x w^T + bias, per head."""
 
     def pairs(self) -> bool:
         """Whether `linear` serves bfloat16, and better than the libraries do on this processor."""

@@ -17,7 +17,7 @@ namespace {
 
 using namespace chunkcache;
 
-constexpr int kVersion = 4;  // of the arithmetic and of the arguments; as in library.py
+constexpr int kVersion = 5;  // of the arithmetic and of the arguments; as in library.py
 
 // Shapes come as (heads, folded, dim, value_dim, chunk, segment, scale, type, latent, window, span,
 // softcap), queries as (query, strides of its places and heads, output, sinks or 0); addresses and
@@ -35,6 +35,18 @@ struct Asked {  // Queries, as Python hands them over
   operator Queries() const { return {at<char>(query), place, head, at<char>(out), at<float>(sinks)}; }
 };
 #define QUERIES_FIELDS(q) &q.query, &q.place, &q.head, &q.out, &q.sinks
+
+struct Matrix {  // Matrices, as Python hands them over
+  unsigned long long first;
+  long long stride, head;
+
+  template <class T>
+  Matrices<T*> of() const {
+    return {at<T>(first), stride, head};
+  }
+};
+#define MATRIX_FORMAT "(KLL)"
+#define MATRIX_FIELDS(m) &m.first, &m.stride, &m.head
 
 // Runs work while other Python threads go on; it says whether there was memory enough.
 template <class Work>
@@ -81,21 +93,22 @@ PyObject* state_floats(PyObject*, PyObject* args) {
   return PyLong_FromSize_t(shape.heads * State::floats(slots * shape.folded, shape.value_columns()));
 }
 
-// x w^T + bias: (type, x, stride of its rows, their number, depth, w, stride of its rows, their number,
-// bias or 0, out, threads).
+// x w^T + bias per head: (type, heads, rows, depth, columns, x, w, whether w lies depth by depth, bias or
+// 0, out, threads); matrices are (address, stride of their lines, stride of their heads).
 PyObject* linear(PyObject*, PyObject* args) {
   Linear job;
-  int type;
-  long long row_stride, count, depth, weight_stride, columns, threads;
-  unsigned long long rows, weights, bias, out;
-  if (!PyArg_ParseTuple(args, "iKLLLKLLKKL", &type, &rows, &row_stride, &count, &depth, &weights, &weight_stride,
-                        &columns, &bias, &out, &threads))
+  int type, across;
+  long long heads, count, depth, columns, threads;
+  unsigned long long bias;
+  Matrix rows, weights, out;
+  if (!PyArg_ParseTuple(args, "iLLLL" MATRIX_FORMAT MATRIX_FORMAT "pK" MATRIX_FORMAT "L", &type, &heads, &count,
+                        &depth, &columns, MATRIX_FIELDS(rows), MATRIX_FIELDS(weights), &across, &bias,
+                        MATRIX_FIELDS(out), &threads))
     return nullptr;
-  const int unit = 4;  // bytes
-  job.type = type, job.rows = at<char>(rows), job.row_stride = row_stride / unit, job.count = count;
-  job.depth = depth * static_cast<int>(item_size(type)) / unit;
-  job.weights = at<char>(weights), job.weight_stride = weight_stride / unit, job.columns = columns;
-  job.bias = at<char>(bias), job.out = at<char>(out);
+  job.type = type, job.heads = heads, job.count = count, job.columns = columns;
+  job.depth = type == kFloat32 ? depth : depth / 2;
+  job.rows = rows.of<const char>(), job.weights = weights.of<const char>(), job.out = out.of<char>();
+  job.across = across, job.bias = at<char>(bias);
   return unlocked([&] { return job.multiply(threads); });
 }
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from chunkcache.attention import choice
 from chunkcache.hf import linear
-from chunkcache.hf.linear import RowLinear, multiply, serve
+from chunkcache.hf.linear import RowLinear, multiply, multiply_heads, serve
 from chunkcache.native.library import libraries
 from tests.models import DEVICE, FULL_ATTENTION, build, prompt, run, tiny, wrapped
 
@@ -50,6 +50,52 @@ def test_products_are_right_and_rows_do_not_see_each_other(name, dtype, data):
     if part.stop > part.start:
         some = multiply(library, x, weight[part], None if bias is None else bias[part])
         assert torch.equal(some, whole[:, part])
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_products_per_head_are_those_of_each_head(name, dtype, data):
+    """Weights either way round, cut out of others, between strange numbers that nobody may read."""
+    library, even = LIBRARIES[name], 2 if dtype == torch.bfloat16 else 1
+    rows, heads = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 9))
+    depth, columns = data.draw(st.integers(1, 300)) * even, data.draw(st.integers(1, 90))
+    margin = 2 * data.draw(st.integers(0, 2))
+    x = numbers(rows, heads, depth + margin, dtype=dtype)
+    whole = numbers(heads, depth + margin, columns + margin, dtype=dtype, seed=1)
+    if data.draw(st.booleans()):
+        whole = whole.transpose(1, 2).contiguous().transpose(1, 2)
+    for tensor in (x[..., depth:], whole[:, depth:], whole[..., columns:]):
+        tensor.fill_(torch.nan)
+    x, weight = x[..., :depth], whole[:, :depth, :columns]
+    out = torch.full((rows, heads, columns + margin), 7.0, dtype=dtype)
+    multiply_heads(library, x, weight, out[..., :columns])
+    for head in range(heads):
+        alone = multiply(library, x[:, head], weight[head].T.contiguous(), None)
+        assert torch.equal(out[:, head, :columns], alone)
+    assert (out[..., columns:] == 7).all()
+
+
+def test_products_per_head_of_other_tensors_are_refused():
+    if not LIBRARIES:
+        pytest.skip("no compiled module runs here")
+    library = next(iter(LIBRARIES.values()))
+    x, weight, out = (torch.zeros(2, 3, 4), torch.zeros(3, 4, 6), torch.zeros(2, 3, 6))
+    multiply_heads(library, x, weight, out)
+    wrong = [
+        (x[:, :2], weight, out),
+        (x, weight[:, :3], out),
+        (x, weight[:, ::2, ::2], out),
+        (x, weight, out[..., :4]),
+        (x, weight, torch.zeros(2, 3, 12)[..., ::2]),
+        (x.double(), weight.double(), out.double()),
+        (x.half(), weight, out),
+        (x[:0], weight, out[:0]),
+        (x.bfloat16()[..., :3], weight.bfloat16()[:, :3], out.bfloat16()),
+    ]
+    for arguments in wrong:
+        with pytest.raises(ValueError, match="no product"):
+            multiply_heads(library, *arguments)
 
 
 @pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
@@ -212,16 +258,20 @@ def test_layers_can_be_copied():
 
 
 def test_a_module_that_breaks_its_promise_is_not_used(monkeypatch):
-    """Rows that depend on their number, as a library's may."""
+    """Other code for few rows, as a library has it, or for heads."""
 
     class Broken:
-        def linear(self, kind, x, stride, rows, depth, *rest):
-            depth -= rows < 8  # other code for few rows
-            LIBRARIES["avx2"].linear(kind, x, stride, rows, depth, *rest)
+        def __init__(self, breaks):
+            self.breaks = breaks
+
+        def linear(self, kind, heads, rows, depth, *rest):
+            depth -= self.breaks(heads, rows)
+            LIBRARIES["avx2"].linear(kind, heads, rows, depth, *rest)
 
     if "avx2" not in LIBRARIES:
         pytest.skip("no compiled module runs here")
-    assert not linear._keeps_promise(Broken(), torch.float32)
+    for breaks in (lambda heads, rows: rows < 8, lambda heads, rows: heads > 1):
+        assert not linear._keeps_promise(Broken(breaks), torch.float32)
     assert linear._keeps_promise(LIBRARIES["avx2"], torch.float32)
 
 
