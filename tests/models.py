@@ -86,13 +86,24 @@ def build(
 ) -> PreTrainedModel:
     """A model of its own."""
     config = AutoConfig.for_model(kind, **settings)
-    model = AutoModelForCausalLM.from_config(config)
+    return drawn(AutoModelForCausalLM, config).to(dtype).to(DEVICE)
+
+
+def drawn(kind: Any, config: Any) -> PreTrainedModel:
+    """A random model of an auto class, always the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        return randomised(kind.from_config(config))
+
+
+def randomised(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with other matrices, always the same, so that logits differ clearly between tokens."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for weights in model.parameters():
             if weights.dim() >= 2:
                 weights.normal_(0, 0.08, generator=generator)
-    return model.to(dtype).to(DEVICE).eval()
+    return model.eval()
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

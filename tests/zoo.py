@@ -10,7 +10,6 @@ from functools import cache
 from typing import Any
 
 import pytest
-import torch
 import transformers
 from transformers import (
     CONFIG_MAPPING,
@@ -19,6 +18,8 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     PreTrainedModel,
 )
+
+from tests.models import drawn
 
 Fields = dict[str, Any]
 
@@ -329,14 +330,4 @@ def build(name: str, fields: Fields) -> PreTrainedModel:
         pytest.skip(f"this version of transformers has no {name}, or it resumes wrongly")
     config = AutoConfig.for_model(name, **fields)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return randomised(kind.from_config(config))
-
-
-def randomised(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with other weights, always the same."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for weights in model.parameters():
-            if weights.dim() >= 2:
-                weights.normal_(0, 0.08, generator=generator)
-    return model.eval()
+    return drawn(kind, config)

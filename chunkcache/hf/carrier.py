@@ -54,9 +54,16 @@ class Source(NamedTuple):
 
 
 class Carried(Cache, ABC):  # type: ignore[misc]
-    """The rows of one request: their tokens, their state, and forwards that add to both."""
+    """The rows of one request: their tokens, their state, and forwards that add to both.
+
+    Attributes:
+        pads: per row, the padding in front of its tokens in the caller's input_ids.
+        prompt_left: how many forwards still add tokens of the prompt; None for all.
+        after_prefill: called once they are there.
+    """
 
     pads: list[int]
+    prompt_left: int | None = None
     after_prefill: Callable[[], None] | None = None
 
     @property

@@ -17,61 +17,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
-from chunkcache.errors import UnsupportedRequestError
 from chunkcache.hf.call import Call
 from chunkcache.hf.carrier import Block, Carried, Carrier, Snapshot, Source
-from chunkcache.hf.form import Ends, Form, FormError, Kind, Leaf, Path
+from chunkcache.hf.facts import Facts
+from chunkcache.hf.form import Ends, Form, FormError, Kind, Path
+from chunkcache.hf.running import announce
+from chunkcache.hf.shell import make_shell
 from chunkcache.kv.layout import ChunkLayout
 from chunkcache.kv.pool import PoolRun
-from chunkcache.kv.rows import RowShape
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class Facts:
-    """What the probe saw of a model's own cache.
-
-    Attributes:
-        leaves: one per tensor of `form`.
-        constants: the tensors that are the same for all sequences, by number; steady: the plain
-            values that are.
-        changing: paths of the plain values that change with the tokens.
-        shapes: per tensor its shape after one chunk.
-    """
-
-    form: Form
-    leaves: tuple[Leaf, ...]
-    constants: dict[int, torch.Tensor]
-    steady: dict[Path, object]
-    changing: frozenset[Path]
-    shapes: tuple[torch.Size, ...]
-    types: tuple[torch.dtype, ...]
-
-    def of(self, kind: Kind) -> list[int]:
-        """Numbers of the tensors of one kind."""
-        return [number for number, leaf in enumerate(self.leaves) if leaf.kind is kind]
-
-    def row_shapes(self) -> list[RowShape]:
-        """Of the tensors that grow with the tokens, in order."""
-        return [self._shape(number) for number in self.of(Kind.ROWS)]
-
-    def _shape(self, number: int) -> RowShape:
-        leaf, shape = self.leaves[number], self.shapes[number]
-        return RowShape(leaf.per_chunk, shape.numel() // leaf.per_chunk, self.types[number])
-
-    def pack(self, number: int, tensor: torch.Tensor) -> torch.Tensor:
-        """`[rows, width]`: a growing tensor with its axis of tokens first."""
-        return tensor.movedim(self.leaves[number].axis, 0).flatten(1)
-
-    def unpack(self, number: int, rows: torch.Tensor) -> torch.Tensor:
-        """The inverse of `pack`, contiguous."""
-        axis, shape = self.leaves[number].axis, list(self.shapes[number])
-        del shape[axis]
-        return rows.reshape(len(rows), *shape).movedim(0, axis).contiguous()
 
 
 @dataclass
@@ -104,6 +62,7 @@ class CopyIn(Carrier):
         super().__init__()
         self.model = model
         self.call = Call(model)
+        self._running = announce(model)
         self.facts = facts
         self.shapes = facts.row_shapes()
         dtype = self.shapes[0].dtype if self.shapes else torch.float32
@@ -168,13 +127,16 @@ class CopyIn(Carrier):
 
     def _run(self, carried: Carried, ids: list[int], last: bool) -> torch.Tensor:
         (row,) = _own(carried).sequences
-        logits = self.advance(row, ids, last)
+        logits = self.advance(row, ids, last, prompt=True)
         if len(row.tokens) % self.layout.chunk_size == 0:
             self._settle(row)
         return logits
 
-    def advance(self, row: OwnRow, ids: list[int], last: bool = True) -> torch.Tensor:
+    def advance(
+        self, row: OwnRow, ids: list[int], last: bool = True, prompt: bool = False
+    ) -> torch.Tensor:
         """Adds tokens to a row; logits of the last one or of each, `[1, 1 or tokens, vocabulary]`."""
+        self._running.prompt = prompt
         with torch.no_grad():
             out = self.call(ids, row.cache, len(row.tokens), row.given, last)
         row.cache = out.cache
@@ -367,44 +329,3 @@ class OwnCache(Carried):
 def _own(carried: Carried) -> OwnCache:
     assert isinstance(carried, OwnCache)
     return carried
-
-
-class _Shell(GenerationMixin):  # type: ignore[misc]
-    """generate() of a model whose forwards an OwnCache runs, row by row."""
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        decoder_input_ids: torch.Tensor | None = None,
-        past_key_values: OwnCache | None = None,
-        attention_mask: torch.Tensor | None = None,
-        encoder_outputs: Any = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits of the last token of each row, `[rows, 1, vocabulary]`."""
-        ids = input_ids if decoder_input_ids is None else decoder_input_ids
-        if ids is None or past_key_values is None:
-            raise UnsupportedRequestError(
-                "prefixes are found by token ids: pass input_ids, not inputs_embeds"
-            )
-        logits = past_key_values.step(ids.tolist())
-        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
-
-    def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, next_sequence_length: int | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """The new ids and the cache: the rest is no business of generate()."""
-        if next_sequence_length is not None:
-            input_ids = input_ids[:, -next_sequence_length:]
-        return {"input_ids": input_ids, "past_key_values": kwargs["past_key_values"]}
-
-    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> None:
-        """The cache is there already."""
-
-
-def make_shell(model: PreTrainedModel) -> PreTrainedModel:
-    """An object with the settings of `model` and a generate() that works on an OwnCache."""
-    shell = object.__new__(type(model))
-    shell.__dict__ = dict(model.__dict__)
-    shell.__class__ = type(type(model).__name__, (_Shell, type(model)), {})
-    return shell

@@ -54,6 +54,7 @@ class ForwardHooks:
             return None
         ids = self._ids(kwargs.get("input_ids", args[0] if args else None), kwargs)
         self._running.cache = weakref.ref(cache)
+        self._running.prompt = cache.prompt_left != 0
         batch = cache.batch
         positions = torch.tensor(batch.positions, device=ids.device).unsqueeze(1)
         positions = positions + torch.arange(ids.shape[1], device=ids.device)
@@ -115,6 +116,8 @@ class ForwardHooks:
         if output.get("hidden_states") is not None:
             output.hidden_states = tuple(h[:rows, :tokens] for h in output.hidden_states)
         batch.end()
+        if cache.prompt_left:
+            cache.prompt_left -= 1
         if tokens > 1 and cache.after_prefill is not None:
             cache.after_prefill()
         return output

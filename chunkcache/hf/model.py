@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,21 +19,18 @@ from chunkcache.errors import (
     PromptError,
     PromptTooLongError,
     TrainingModeError,
-    UnsupportedModelError,
     UnsupportedRequestError,
 )
 from chunkcache.hf import arguments
-from chunkcache.hf.adapters import Switches
 from chunkcache.hf.carrier import Carried
-from chunkcache.hf.fingerprint import Watch, arithmetic, digest_weights, namespace
 from chunkcache.hf.ledger import Ledger, tree_rows
 from chunkcache.hf.others import Others, answers, is_ids, missed
-from chunkcache.hf.plain import check_around, check_model, compiles, plain_model
+from chunkcache.hf.plain import check_around, check_model, plain_model
 from chunkcache.hf.prefill import Prefiller, Row, Space
-from chunkcache.hf.probe import Proof, Prover, fixed_rope_limit, position_limit
+from chunkcache.hf.probe import Proof, fixed_rope_limit, position_limit
 from chunkcache.hf.requests import Request, read_causal, read_encoded
-from chunkcache.hf.sample import short_inputs
-from chunkcache.hf.serving import Serving, Servings
+from chunkcache.hf.serving import Serving
+from chunkcache.hf.state import ModelState
 from chunkcache.kv.store import PrefixStore
 from chunkcache.lab.records import Reuse, Stats, TreeRow
 
@@ -72,7 +68,6 @@ class CachedModel:
 
     Attributes:
         given: what wrap() was given; model: the transformers model in it.
-        proof: what was proved for the model as the last request found it.
     """
 
     def __init__(self, given: Any, tokenizer: Any, settings: Config):
@@ -90,98 +85,19 @@ class CachedModel:
         self._limit = position_limit(model)
         self._rope_limit = fixed_rope_limit(model)
         self._others = Others(model)
-        self._switches = Switches(model)
-        self._lock = threading.RLock()
         self._one_plain = threading.Lock()
-        self._epochs = itertools.count()
         self._ledger = Ledger()
-        self._closed = False
-        self._servings = Servings(settings)
-        self._weights = digest_weights(model)
-        self._merged = self._switches.merged()
-        self.proof: Proof = self._prove().proof
-        self._watch = self._look()
-        self._check_still()
-
-    # -- the namespace
-
-    def _look(self) -> Watch:
-        return Watch(self.model, self.proof.carrier.model, self._switches.modules)
-
-    def _check_still(self) -> None:
-        """Refuses a model whose own forwards change it: what else does could not be told from that."""
-        if compiles(self.model):
-            return  # the first call would compile it
-        try:
-            with torch.no_grad():
-                self.model(**short_inputs(self.model))
-            changed = self._watch.changed()
-        except ModelChangedError:
-            changed = True
-        if changed:
-            reason = (
-                "its forward changes its own weights or settings, so no change could be noticed"
-            )
-            raise UnsupportedModelError(str(self.model.config.model_type), reason)
-
-    def _enter(self) -> Space:
-        """Where chunks of the model as it is now belong."""
-        return self._serving().space
-
-    def _serving(self) -> Serving:
-        """What serves the model as it is now; forgets the chunks of changed weights."""
-        with self._lock:
-            self._follow_weights()
-            if self.proof.arithmetic != arithmetic(self.model.device):
-                self._servings.forget()
-            serving = self._servings.get(self._switches.state()) or self._prove()
-            self.proof = serving.proof
-            return serving
-
-    def _follow_weights(self) -> None:
-        changed, merged = self._watch.changed(), self._switches.merged()
-        if changed or merged != self._merged:
-            self._weights, self._merged = digest_weights(self.model), merged
-            self._watch = self._look()
-            if self._servings.rename(self._space):
-                self.flush()
-
-    def _prove(self) -> Serving:
-        """Proves the model with its adapters as they are."""
-        proof = Prover(self.model, self.settings).prove()
-        return self._servings.add(proof, self._space, self._current)
-
-    def _space(self, proof: Proof, prefiller: Prefiller) -> Space:
-        settings = {
-            "chunk_size": self.settings.chunk_size,
-            "mode": self.settings.mode,
-            "tier": proof.tier,
-            "rows": proof.rows,
-            "kernel": proof.kernel,
-            "linear": proof.linear,
-            "unit": prefiller.unit,
-            "adapters": proof.adapters,
-        }
-        name = namespace(proof.carrier.model, self._weights, settings, self.settings.tenant)
-        return Space(name, next(self._epochs))
-
-    def _current(self, serving: Serving) -> Space | None:
-        """The space that may be stored to: none after close(), or when anything is not as it was.
-
-        The twin has settings and hooks of its own, so tensors and arithmetic are all that can change
-        under a running request; the next one looks at the rest.
-        """
-        with self._lock:
-            same = serving.proof.arithmetic == arithmetic(self.model.device)
-            same = same and self._servings.known(serving) and self._watch.same_tensors()
-            return serving.space if same and not self._closed else None
+        self._state = ModelState(model, settings)
 
     @property
     def store(self) -> PrefixStore:
         """Everything that is stored."""
-        store = self._servings.store
-        assert store is not None, "it is made with the first proof"
-        return store
+        return self._state.store
+
+    @property
+    def proof(self) -> Proof:
+        """What was proved for the model as the last request found it."""
+        return self._state.proof
 
     # -- generate
 
@@ -203,7 +119,7 @@ class CachedModel:
         if others:
             return self._run_plain(others, inputs, generation_config, kwargs)
         request = self._read(inputs, kwargs, generation_config, self.generation_config)
-        serving = self._serving()
+        serving = self._state.serving()
         generator = serving.proof.carrier.generator
         generator.generation_config = self.generation_config
         with self._open(request, serving) as rows:
@@ -306,6 +222,7 @@ class CachedModel:
             _fill(prefiller, row, len(row.tokens) - 1)
         pads = [pad for pad in request.pads for _ in range(copies)]
         joined = prefiller.carrier.join([row.carried for row in rows], copies, pads)
+        joined.prompt_left = 1
         if single:
             joined.after_prefill = lambda: _publish(prefiller, row)
         return joined
@@ -328,9 +245,9 @@ class CachedModel:
                 prefiller.store_tokens(rows[0].space, cache, number, tokens[: prompt + count])
 
     def _check_usable(self) -> None:
-        if self._closed:
+        if self._state.closed:
             raise ClosedError("this wrapper was closed; wrap the model again")
-        if self._watch.training():
+        if self._state.training():
             raise TrainingModeError(_TRAINING)
         if torch.is_autocast_enabled(self.model.device.type):
             raise UnsupportedRequestError(
@@ -346,7 +263,7 @@ class CachedModel:
 
     def stats(self) -> Stats:
         """Sums since wrap() and what is stored now."""
-        kind, decisions = str(self.model.config.model_type), self._servings.decisions
+        kind, decisions = str(self.model.config.model_type), self._state.decisions
         return self._ledger.stats(kind, self.settings, self.proof, self.store, decisions)
 
     def tree_rows(self) -> list[TreeRow]:
@@ -385,7 +302,7 @@ class CachedModel:
             )
         ids = self._ids(prompt)
         arguments.read_prompts(torch.tensor([ids]), None, self.model, self._limit, None)
-        serving = self._serving()
+        serving = self._state.serving()
         if why := serving.prefiller.unproved(ids):
             raise PromptError(f"this prompt cannot be stored: {why}")
         space, prefiller = serving.space, serving.prefiller
@@ -395,12 +312,20 @@ class CachedModel:
             stored = prefiller.publish(row, name=name, ttl=ttl)
         finally:
             prefiller.close(row)
+        self._check_stored(ids, stored, space, serving)
+        if pin:
+            self.store.tree(space.name).pin(ids[:stored], name, ttl)
+        return stored
+
+    def _check_stored(self, ids: list[int], stored: int, space: Space, serving: Serving) -> None:
+        """Says why a preloaded prompt is not stored, or could not be resumed."""
+        prefiller = serving.prefiller
         unit = max(prefiller.unit, self.settings.chunk_size)
         if len(ids) < unit:
             raise PromptError(f"{len(ids)} tokens were given; {unit} are the least that is stored")
         if stored < len(ids) - len(ids) % unit:
             self._check_usable()
-            if self._current(serving) != space:
+            if self._state.current(serving) != space:
                 raise ModelChangedError(
                     "the model changed while the prompt was computed; preload it again"
                 )
@@ -413,9 +338,6 @@ class CachedModel:
             raise PoolExhaustedError(
                 "no snapshot of its state fits beside those that are pinned; raise snapshot_bytes"
             )
-        if pin:
-            tree.pin(ids[:stored], name, ttl)
-        return stored
 
     def _ids(self, prompt: Any) -> list[int]:
         if isinstance(prompt, torch.Tensor):
@@ -430,12 +352,11 @@ class CachedModel:
 
     def flush(self) -> int:
         """Drops everything that no running request holds, pinned or not; returns the chunks freed."""
-        return sum(tree.clear() for tree in self.store.trees())
+        return self._state.flush()
 
     def close(self) -> None:
         """Drops the cache; generate() raises ClosedError from now on. The model is as it was."""
-        self._closed = True
-        self.store.close()
+        self._state.close()
 
     def __enter__(self) -> CachedModel:
         return self

@@ -11,7 +11,8 @@ from chunkcache.config import Config
 from chunkcache.errors import UnsupportedModelError
 from chunkcache.hf.call import Call
 from chunkcache.hf.carrier import Snapshot, Source
-from chunkcache.hf.copy_in import CopyIn, Facts
+from chunkcache.hf.copy_in import CopyIn
+from chunkcache.hf.facts import Facts
 from chunkcache.hf.form import Ends, Form, FormError, Kind, kinds, windowed
 from chunkcache.hf.linear import serve
 from chunkcache.hf.sample import encoder_inputs

@@ -123,8 +123,8 @@ def test_strength_is_part_of_the_name() -> None:
 
 def test_the_same_name_with_other_content_shares_nothing() -> None:
     one, two, again = (wrapped(two_adapters(seed)) for seed in (0, 1, 0))
-    assert one._enter().name != two._enter().name
-    assert one._enter().name == again._enter().name
+    assert one._state.serving().space.name != two._state.serving().space.name
+    assert one._state.serving().space.name == again._state.serving().space.name
 
 
 def test_changed_adapter_weights_are_noticed() -> None:
@@ -305,7 +305,7 @@ def test_many_states_are_bounded_and_found_again() -> None:
     before = layer.scaling["red"]
     for scale in range(2, 19):
         layer.scaling["red"] = before * scale
-        cached._enter()
-    assert len(cached._servings._known) == 16
+        cached._state.serving()
+    assert len(cached._state._servings._known) == 16
     layer.scaling["red"] = before
     ask(cached, model, 2, 64)

@@ -109,7 +109,7 @@ def test_a_change_that_is_taken_back_during_a_request_leaves_nothing_behind():
     run(cached, prompt(20), new=40)
     undisturbed = cached.stats().chunks
     cached.flush()
-    before, weight = cached._enter(), next(model.parameters())
+    before, weight = cached._state.serving().space, next(model.parameters())
 
     class Meddler(LogitsProcessor):
         calls = 0
@@ -120,12 +120,12 @@ def test_a_change_that_is_taken_back_during_a_request_leaves_nothing_behind():
                 kept = weight.detach().clone()
                 with torch.no_grad():
                     weight.mul_(2)
-                    cached._enter()  # somebody else's request
+                    cached._state.serving()  # somebody else's request
                     weight.copy_(kept)
             return scores
 
     run(cached, prompt(20), new=40, logits_processor=LogitsProcessorList([Meddler()]))
-    now = cached._enter()
+    now = cached._state.serving().space
     assert now.name == before.name and now != before
     assert cached.stats().chunks < undisturbed, "the answer was not stored"
 
@@ -133,15 +133,15 @@ def test_a_change_that_is_taken_back_during_a_request_leaves_nothing_behind():
 @pytest.mark.parametrize("switch", [older_switch, newer_switch])
 def test_another_matmul_precision_is_another_namespace_and_proved_anew(switch):
     cached = wrapped(tiny("llama"))
-    before, proof = cached._enter().name, cached.proof
+    before, proof = cached._state.serving().space.name, cached.proof
     with switch():
         cold = run(cached, prompt(70))
-        assert cached._enter().name != before
+        assert cached._state.serving().space.name != before
         assert cached.proof is not proof
         run(cached, prompt(90))
         assert same(run(cached, prompt(70)), cold)
         assert cached.last_reuse[0].cached_tokens >= kept(cached, 69)
-    assert cached._enter().name == before
+    assert cached._state.serving().space.name == before
 
 
 @pytest.mark.parametrize(

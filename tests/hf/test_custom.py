@@ -25,8 +25,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 import chunkcache
-from tests.models import FULL_ATTENTION, prompt, run, same, wrapped
-from tests.zoo import randomised
+from tests.models import FULL_ATTENTION, prompt, randomised, run, same, wrapped
 
 HEAD = prompt(64)
 

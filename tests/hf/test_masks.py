@@ -15,7 +15,7 @@ from transformers.models.llama import modeling_llama
 import chunkcache
 from chunkcache.errors import UnsupportedModelError
 from chunkcache.hf.mask import chunk_mask, mask_widths
-from tests.zoo import randomised
+from tests.models import randomised
 
 FAR = 600  # tokens; behind the probe's last position
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 import chunkcache
 from chunkcache.hf.model import CachedModel
 from tests.models import prompt as random_ids
-from tests.zoo import randomised
+from tests.models import randomised
 
 IMAGE = 120  # the placeholder's id
 _TEXT: dict[str, Any] = {

@@ -120,7 +120,7 @@ def test_a_scale_beside_the_numbers_is_part_of_a_weight() -> None:
     cached = wrapped(model)
     weight.quant_state.absmax[2] = 0.5
     assert digest_weights(model) != before
-    assert cached._watch.changed()
+    assert cached._state._watch.changed()
 
 
 def _ao() -> Any:
@@ -138,7 +138,7 @@ def test_weights_of_torchao(name: str, dtype: torch.dtype) -> None:
     cached = wrapped(model)
     with torch.no_grad():
         inner[5] *= 2
-    assert cached._watch.changed()
+    assert cached._state._watch.changed()
 
 
 def test_activations_that_are_rounded_to_codes_keep_the_promise() -> None:
