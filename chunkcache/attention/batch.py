@@ -11,7 +11,7 @@ import torch
 
 from chunkcache.attention.groups import Decisions, Gate, Group, group_rows
 from chunkcache.attention.kernel import Kernel, Plan
-from chunkcache.attention.rule import Rule
+from chunkcache.attention.rule import Hiding, Rule
 from chunkcache.kv.arena import Arena
 from chunkcache.kv.layout import KV, ChunkLayout
 from chunkcache.kv.sequence import Sequence
@@ -39,8 +39,7 @@ class Batch:
         self.kernel = kernel
         self.gate = gate or Gate()
         self.decisions = decisions or Decisions()
-        self.attended = 0
-        self.widths: set[int] = set()  # windows and spans that attention was told of
+        self.rules: dict[int, set[Hiding]] = {}  # by which layers were attended to
         self._groups: list[Group] | None = None
         self._plan: Plan | None = None
         self._places: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -112,8 +111,7 @@ class Batch:
         Takes `[rows, query_heads, tokens, dim]`, gives `[rows, tokens, query_heads, value_dim]`.
         """
         assert self._plan is not None, "attend() outside of begin() and end()"
-        self.attended += 1
-        self.widths |= {width for width in (rule.window, rule.span) if width is not None}
+        self.rules.setdefault(layer, set()).add(rule.hiding)
         return self._plan.attend(layer, query, self.arena.layer(layer), rule)
 
     def end(self) -> None:

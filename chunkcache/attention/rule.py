@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+Hiding = tuple[int | None, int | None]
+
 
 @dataclass(frozen=True, eq=False)
 class Rule:
@@ -33,6 +35,11 @@ class Rule:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} of attention is {value}, not a positive number")
+
+    @property
+    def hiding(self) -> Hiding:
+        """Window and span: which keys it hides."""
+        return self.window, self.span
 
     def first(self, position: int) -> int:
         """The first key that a query at a position sees.

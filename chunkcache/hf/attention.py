@@ -1,7 +1,7 @@
 """The attention function that transformers calls by name: what a layer's scores are, and who computes.
 
-What the function is told decides, not the class of the model: windows, soft caps and sinks come as
-arguments, latent keys show in what the layer stores. What it does not know it refuses.
+What the function is handed decides, not the class of the model: windows come with the mask, soft caps
+and sinks as arguments, latent keys show in what the layer stores. What it does not know it refuses.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from chunkcache.attention.rule import Rule
 from chunkcache.errors import UnsupportedModelError
 from chunkcache.hf.cache import NOTE, Note
 from chunkcache.hf.latent import Absorbed
+from chunkcache.hf.mask import RuleMask
 from chunkcache.hf.mask import register as register_mask
 from chunkcache.hf.running import latest
 
@@ -50,13 +51,13 @@ def chunk_attention(
     Raises:
         UnsupportedModelError: for anything this function would have to ignore.
     """
-    _check(module, attention_mask, is_causal, kwargs)
+    _check(module, is_causal, kwargs)
     note: Note | None = getattr(key, NOTE, None)
     note = note or latest(module)
     if note is None:
         raise _refusal(module, "its attention runs without the cache")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    rule = _rule(module, note, scale, kwargs)
+    rule = _rule(module, note, attention_mask, scale, kwargs)
     shape = note.batch.layout.attention(note.layer)
     if not shape.latent:
         if not hasattr(key, NOTE):
@@ -82,38 +83,35 @@ def _attend(note: Note, query: torch.Tensor, rule: Rule) -> torch.Tensor:
     return out[:, width - asked :]
 
 
-def _rule(module: torch.nn.Module, note: Note, scaling: float, kwargs: dict[str, Any]) -> Rule:
-    window, span = kwargs.get("sliding_window"), None
-    if note.window is not None:  # what the layer's cache would keep; masks follow the same setting
-        if _chunked(module):
-            window, span = None, note.window
-        else:
-            window = note.window
+def _rule(
+    module: torch.nn.Module,
+    note: Note,
+    mask: torch.Tensor | None,
+    scaling: float,
+    kwargs: dict[str, Any],
+) -> Rule:
+    """What the mask says, if nothing contradicts it; without one all earlier tokens are seen."""
+    if mask is not None and not isinstance(mask, RuleMask):
+        raise _refusal(module, "it builds its own attention mask")
+    window, span = (None, None) if mask is None else (mask.window, mask.span)
+    told = kwargs.get("sliding_window")
+    if told is not None and told != window:
+        raise _refusal(
+            module, f"its mask has no window of {told} tokens, but its attention is told so"
+        )
+    if note.window is not None and note.window not in (window, span):
+        raise _refusal(module, f"its cache forgets all but {note.window} tokens, its mask does not")
+    if note.rules is not None and (window, span) not in note.rules:
+        raise _refusal(module, "its mask is another one than when it was proved")
     return Rule(scaling, window, span, kwargs.get("softcap"), kwargs.get("s_aux"))
 
 
-def _chunked(module: torch.nn.Module) -> bool:
-    """Whether a layer attends inside fixed spans of positions (Llama4), as the configuration says."""
-    kinds = getattr(getattr(module, "config", None), "layer_types", None)
-    index = getattr(module, "layer_idx", None)
-    if not kinds or not isinstance(index, int) or index >= len(kinds):
-        return False
-    return bool(kinds[index] == "chunked_attention")
-
-
-def _check(
-    module: torch.nn.Module,
-    attention_mask: torch.Tensor | None,
-    is_causal: bool | None,
-    kwargs: dict[str, Any],
-) -> None:
+def _check(module: torch.nn.Module, is_causal: bool | None, kwargs: dict[str, Any]) -> None:
     for name, what in _CHANGES_SCORES.items():
         if kwargs.get(name) is not None:
             raise _refusal(module, f"its attention uses {what}")
     if is_causal is False or getattr(module, "is_causal", True) is False:
         raise _refusal(module, "its attention is not causal")
-    if attention_mask is not None:
-        raise _refusal(module, "it builds its own attention mask")
     if kwargs.get("output_attentions"):
         raise _refusal(module, "attention weights are never formed")
 

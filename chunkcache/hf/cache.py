@@ -14,6 +14,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from chunkcache.attention.batch import Batch
+from chunkcache.attention.rule import Hiding
 from chunkcache.hf.carrier import Block, Carried, Snapshot
 from chunkcache.hf.form import Ends
 
@@ -26,12 +27,14 @@ class Note(NamedTuple):
 
     Attributes:
         window: how many tokens the layer's own cache would keep, None for all.
+        rules: by which the layer may be attended to, None before that is proved.
         columns: tokens of the forward, padding included.
     """
 
     batch: Batch
     layer: int
     window: int | None
+    rules: frozenset[Hiding] | None
     columns: int
 
 
@@ -42,11 +45,13 @@ class Kept(NamedTuple):
         rows: number of the layer in the layout, None if it keeps nothing per token.
         states: how many convolution and recurrent states it has.
         window: how many tokens its own cache would keep, None for all.
+        rules: by which it is attended to, None before that is proved.
     """
 
     rows: int | None
     states: int = 0
     window: int | None = None
+    rules: frozenset[Hiding] | None = None
 
 
 class ChunkLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -64,7 +69,7 @@ class ChunkLayer(CacheLayerMixin):  # type: ignore[misc]
         assert kept.rows is not None
         self.cache = cache
         self.index = kept.rows
-        self.window = kept.window
+        self.kept = kept
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -80,7 +85,9 @@ class ChunkLayer(CacheLayerMixin):  # type: ignore[misc]
         if batch.layout.attention(self.index).latent:  # the latent and its rotated part are one key
             parts = [torch.cat(parts, -1)]
         batch.write(self.index, *parts)
-        self.cache.latest = Note(batch, self.index, self.window, key_states.shape[2])
+        self.cache.latest = Note(
+            batch, self.index, self.kept.window, self.kept.rules, key_states.shape[2]
+        )
         setattr(key_states, NOTE, self.cache.latest)
         return key_states, value_states
 

@@ -58,8 +58,8 @@ class Carried(Cache, ABC):  # type: ignore[misc]
 
     Attributes:
         pads: per row, the padding in front of its tokens in the caller's input_ids.
-        prompt_left: how many forwards still add tokens of the prompt; None for all.
-        after_prefill: called once they are there.
+        prompt_left: how many forwards of generate() still add tokens of the prompt; None before it.
+        after_prefill: called after forwards of several tokens.
     """
 
     pads: list[int]

@@ -148,13 +148,17 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b)
 
 
-def windowed(cache: object, path: Path) -> bool:
-    """Whether an object around a tensor says that it keeps a window only."""
-    owners = (_get(cache, path[:depth]) for depth in range(len(path)))
-    return any(
-        getattr(owner, "sliding_window", None) or getattr(owner, "is_sliding", None) is True
-        for owner in owners
-    )
+def windowed(cache: object, path: Path) -> int:
+    """How many tokens an object around a tensor says that it keeps; 0 if it does not keep a window.
+
+    A window of a size that it does not tell counts as 1.
+    """
+    for depth in range(len(path)):
+        owner = _get(cache, path[:depth])
+        width = getattr(owner, "sliding_window", None)
+        if width or getattr(owner, "is_sliding", None) is True:
+            return width if isinstance(width, int) else 1
+    return 0
 
 
 def _separate(cache: object) -> None:

@@ -28,7 +28,8 @@ class CopyTrial(Trial):
     Attributes:
         error: largest difference of logits to the model's own forward in one piece.
         limit: the longest prompt for which that is rounding; None if no end was seen. Sparse
-            attention breaks ties by the length of the whole prompt, once there is one.
+            attention breaks ties by the length of the whole prompt, once there is one; windows are
+            proved as far as they were filled.
         avoid: a token whose prompts are not reused; None if there is none.
     """
 
@@ -91,9 +92,10 @@ class CopyTrial(Trial):
         except UnsupportedModelError:
             longest = (self.tokens - 1) // self.chunk_size * self.chunk_size
             lengths = range(longest, self.chunk_size, -self.chunk_size)
-            self.limit = next((n for n in lengths if self._agrees(carrier, n)), None)
-            if self._encodes or self.limit is None:
+            agreed = next((n for n in lengths if self._agrees(carrier, n)), None)
+            if self._encodes or agreed is None:
                 raise
+            self.limit = min(agreed, self.limit or agreed)
         # Sparse attention has a choice from here on, and makes it by the length of the whole prompt.
         dense = getattr(self.model.config.get_text_config(decoder=True), "index_topk", None)
         if dense:
@@ -139,8 +141,9 @@ class CopyTrial(Trial):
         form = Form(caches[0])
         after = [form.read(cache) for cache in caches]
         another = form.read(self._grown(self.ids[1], self._given(1), 1)[0])
-        stops = [windowed(caches[0], path) for path in form.paths]
-        leaves, changing = kinds(after, another, stops, self.chunk_size)
+        windows = [windowed(caches[0], path) for path in form.paths]
+        leaves, changing = kinds(after, another, [bool(w) for w in windows], self.chunk_size)
+        self._bound(windows, after)
         first = after[0].tensors
         constants = {
             number: first[number]
@@ -153,6 +156,18 @@ class CopyTrial(Trial):
         return Facts(
             form, leaves, constants, steady, changing, shapes, tuple(t.dtype for t in first)
         )
+
+    def _bound(self, windows: list[int], after: list[Ends]) -> None:
+        """Nothing is proved beyond a window that the probe did not fill.
+
+        What a cache forgets and what a mask hides need not be the same: a model may see all of a
+        prompt in one piece and only the window when it goes on.
+        """
+        *_, before, last = (ends.tensors for ends in after)
+        for window, one, other in zip(windows, before, last, strict=True):
+            if window and one.shape != other.shape:
+                width = max(window, self.tokens)
+                self.limit = min(width, self.limit or width)
 
     def _grown(self, ids: list[int], given: dict[str, Any], chunks: int) -> list[Any]:
         """Copies of the model's cache after each chunk."""

@@ -22,7 +22,6 @@ from chunkcache.hf.cache import ChunkCache, Kept
 from chunkcache.hf.forward import ForwardHooks
 from chunkcache.hf.latent import mute
 from chunkcache.hf.linear import serve
-from chunkcache.hf.mask import mask_widths
 from chunkcache.hf.trial import Trial
 from chunkcache.hf.two_phase import TwoPhase
 from chunkcache.kv import Arena, ChunkLayout, LayerShape, Pool
@@ -161,14 +160,13 @@ class TwoPhaseTrial(Trial):
     def parity(self) -> float:
         """Our forward in one piece against the model's own."""
         batch = self.single()
-        with mask_widths() as masked:
-            ours = self.forward(batch, self.ids[0])[0]
-        if batch.attended < len(self.layout.layers):
+        ours = self.forward(batch, self.ids[0])[0]
+        if len(batch.rules) < len(self.layout.layers):
             raise self.refuse("its attention is its own code, which no registered function reaches")
-        if unknown := masked - batch.widths:
-            raise self.refuse(
-                f"it masks all but {min(unknown)} tokens, but no layer's attention is told"
-            )
+        self.kept = tuple(
+            one if one.rows is None else one._replace(rules=frozenset(batch.rules[one.rows]))
+            for one in self.kept
+        )
         return self.within(ours, self._plain(self.ids[0]), "one forward")
 
     def single(self, sequence: Sequence | None = None) -> Batch:

@@ -68,6 +68,8 @@ class Lifetimes:
         node._pins[name] = pin
         if deadline != NEVER:
             self.pin_ends.add(pin)
+            order = self.structure.order
+            order.soonest = min(order.soonest, deadline)
         self.structure.hold(node, pins=+1)
 
     def unpin(self, node: Node, name: str | None) -> bool:
@@ -95,6 +97,13 @@ class Lifetimes:
         while above is not None and above.parent is not None and above.deadline < deadline:
             self.structure.set_deadline(above, deadline)
             above = above.parent
+
+    @property
+    def next_deadline(self) -> float:
+        """When a pin or a node ends next."""
+        nodes = self.structure.by_deadline
+        node: float = nodes[0][0] if nodes else NEVER
+        return min(node, self.pin_ends[0].deadline) if self.pin_ends else node
 
     def expire(self, now: float) -> int:
         """End pins and drop subtrees that are due; leased ones wait. O(log) each."""

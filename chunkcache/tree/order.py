@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 class LeafOrder:
     """The order of eviction, and the counters that make its keys comparable between trees.
 
-    Trees that share an order must share a lock, and a tree must be cleared before it is given up.
+    Trees that share an order must share a lock and a clock, and a tree must be cleared before it is
+    given up.
+
+    Attributes:
+        soonest: before this time nothing ends by its TTL in any of the trees.
     """
 
     def __init__(self, policy: Policy | None = None) -> None:
@@ -31,6 +35,18 @@ class LeafOrder:
         self.entries: Any = SortedList()
         self.serial = 0  # of the last node made
         self.tick = 0  # of the last use
+        self.soonest = float("inf")
+
+    def rank(self, node: Node, now: float) -> Any:
+        """What the policy says of a node.
+
+        Raises:
+            ValueError: it says NaN, which cannot be sorted.
+        """
+        priority = self.policy.priority(node, now)
+        if priority != priority:
+            raise ValueError(f"{type(self.policy).__name__} gives {priority!r} for {node!r}")
+        return priority
 
     def place(self, node: Node, owner: Structure, wanted: bool) -> None:
         """Put a node into the order, move it there, or take it out. O(log leaves)."""

@@ -83,6 +83,8 @@ class PrefixTree(View):
         self._lock = lock or threading.RLock()
         if policy is not None and leaf_order is not None:
             raise ValueError("the policy of a shared leaf_order decides: leave `policy` out")
+        if lock is None and leaf_order is not None:
+            raise ValueError("trees that share an order must share a lock")
         snapshots = Snapshots(snapshot_order or SnapshotOrder(), on_drop)
         order = leaf_order or LeafOrder(policy)
         self._structure = Structure(chunk_size, order, on_evict, ghosts, snapshots)
@@ -330,6 +332,12 @@ class PrefixTree(View):
         with self._lock:
             freed = self._lifetimes.expire(self._clock())
             return freed + self._structure.order.evict(chunks - freed)
+
+    @property
+    def next_deadline(self) -> float:
+        """When something ends here next, by the tree's clock; infinity if nothing does. O(1)."""
+        with self._lock:
+            return self._lifetimes.next_deadline
 
     def expire(self) -> int:
         """Drop what is past its TTL; return the chunks freed. O(1) if nothing is due."""

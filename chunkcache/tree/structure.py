@@ -108,6 +108,7 @@ class Structure:
     def schedule(self, node: Node) -> None:
         """Enter a node into the expiry index, if it expires at all."""
         if node.deadline != float("inf"):
+            self.order.soonest = min(self.order.soonest, node.deadline)
             self.by_deadline.add((node.deadline, node.serial, node))
 
     def unschedule(self, node: Node) -> None:
@@ -131,7 +132,7 @@ class Structure:
             if hit is not None:
                 step.hits += 1
                 step.hit_tokens += min(step.token_count, hit - step.start)
-            step.priority = order.policy.priority(step, now)
+            step.priority = order.rank(step, now)
         self.place(node)
 
     # -- shape
@@ -148,7 +149,7 @@ class Structure:
         node.created = node.last_used = now
         node.tick = self.order.tick
         try:
-            node.priority = self.order.policy.priority(node, now)
+            node.priority = self.order.rank(node, now)
         except BaseException:  # nothing is linked yet: give the run back, and let it pass
             self.free(run)
             raise

@@ -91,11 +91,17 @@ def test_products_per_head_of_other_tensors_are_refused():
         (x.double(), weight.double(), out.double()),
         (x.half(), weight, out),
         (x[:0], weight, out[:0]),
+        (x, weight, out[:1, :, :1].expand(2, 3, 6)),
         (x.bfloat16()[..., :3], weight.bfloat16()[:, :3], out.bfloat16()),
     ]
     for arguments in wrong:
         with pytest.raises(ValueError, match="no product"):
             multiply_heads(library, *arguments)
+    for other in (one for one in LIBRARIES.values() if not one.pairs()):
+        with pytest.raises(ValueError, match="no product"):
+            multiply_heads(other, x.bfloat16(), weight.bfloat16(), out.bfloat16())
+        with pytest.raises(ValueError, match="no product"):
+            multiply(other, x[0].bfloat16(), weight[0].T.bfloat16().contiguous(), None)
 
 
 @pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -14,24 +15,47 @@ from transformers.models.llama import modeling_llama
 
 import chunkcache
 from chunkcache.errors import UnsupportedModelError
-from chunkcache.hf.mask import chunk_mask, mask_widths
+from chunkcache.hf.mask import RuleMask, chunk_mask
+from tests.hf.test_zoo import CLOSE, ask, assert_like_plain, ids
 from tests.models import randomised
 
 FAR = 600  # tokens; behind the probe's last position
 
 
-def build(function: Callable[..., Any], width: int | None = None) -> None:
-    """Asks for a mask of one row."""
-    chunk_mask(function, 1, LlamaConfig(), width)
+def build(
+    function: Callable[..., Any], width: int | None = None, hidden: torch.Tensor | None = None
+) -> RuleMask:
+    """A mask of one row, for 3 new tokens behind 2."""
+    return chunk_mask(function, 1, 3, 5, LlamaConfig(), width, hidden)
 
 
 @given(st.integers(1, 1 << 20))
 def test_windows_and_spans_are_rules(width: int) -> None:
-    with mask_widths() as widths:
-        build(masking_utils.causal_mask_function)
-        build(masking_utils.sliding_window_causal_mask_function(width), width)
-        build(masking_utils.chunked_causal_mask_function(width, torch.zeros(1, dtype=int)), width)
-    assert widths == {width}
+    causal = build(masking_utils.causal_mask_function)
+    sliding = build(masking_utils.sliding_window_causal_mask_function(width), width)
+    unpadded = torch.zeros(1, dtype=torch.long)
+    chunked = build(masking_utils.chunked_causal_mask_function(width, unpadded), width)
+    rules = [(mask.window, mask.span) for mask in (causal, sliding, chunked)]
+    assert rules == [(None, None), (width, None), (None, width)]
+    whole = build(masking_utils.causal_mask_function, hidden=torch.ones(1, 5, dtype=torch.bool))
+    assert (whole.window, whole.span) == (None, None)
+
+
+def test_a_rule_looks_like_a_mask_and_has_no_numbers() -> None:
+    mask = build(masking_utils.sliding_window_causal_mask_function(7), 7)
+    assert mask.shape == (1, 1, 3, 5) and mask.dtype == torch.bool and mask.dim() == 4
+    assert mask.untyped_storage().nbytes() == 1
+    for part in (mask[:, :, -1:, :4], mask.to("cpu"), mask.to(torch.float32)):
+        assert isinstance(part, RuleMask) and part.window == 7
+    for compute in (
+        lambda: mask + 1,
+        lambda: torch.where(mask, 0, 1),
+        lambda: mask.float(),
+        lambda: torch.zeros(1, 1, 3, 5).masked_fill(mask, 1),
+        lambda: torch.cat([mask, mask]),
+    ):
+        with pytest.raises(UnsupportedModelError, match="computes with its attention mask"):
+            compute()
 
 
 @given(st.integers(1, 1 << 20), st.integers(1, 1 << 20))
@@ -41,16 +65,21 @@ def test_whatever_lies_over_a_rule_is_refused(width: int, other: int) -> None:
     masks = [
         (masking_utils.bidirectional_mask_function, None),
         (sliding(width), None),
+        (causal, width),
         (masking_utils.and_masks(causal, masking_utils.sliding_window_overlay(width)), width),
         (masking_utils.and_masks(sliding(width), lambda b, h, q, k: q - k < other), width),
         (masking_utils.or_masks(causal, masking_utils.blockwise_overlay(torch.zeros(1, 4))), None),
-        (masking_utils.chunked_causal_mask_function(width, torch.ones(1, dtype=int)), width),
+        (masking_utils.chunked_causal_mask_function(width, torch.ones(1, dtype=torch.long)), width),
+        (lambda batch, head, query, key, far=other: key <= query, None),
     ]
     if other != width:
         masks.append((sliding(other), width))
     for function, size in masks:
         with pytest.raises(UnsupportedModelError, match="mask of its own"):
             build(function, size)
+    hidden = torch.tensor([[False, True, True, True, True]])
+    with pytest.raises(UnsupportedModelError, match="mask of its own"):
+        build(causal, None, hidden)
 
 
 def far_sighted(**settings: Any) -> LlamaForCausalLM:
@@ -68,16 +97,11 @@ def far_sighted(**settings: Any) -> LlamaForCausalLM:
 
 
 def assert_plain(model: LlamaForCausalLM, cached: Any) -> None:
-    ids = torch.randint(3, 96, (1, FAR + 100), generator=torch.Generator().manual_seed(1))
-    options = {
-        "max_new_tokens": 2,
-        "do_sample": False,
-        "return_dict_in_generate": True,
-        "output_logits": True,
-    }
-    plain, ours = (each.generate(ids, **options).logits for each in (model, cached))
-    for one, other in zip(plain, ours, strict=True):
-        assert (one - other).abs().max() < 1e-4
+    """Short prompts, long ones, and those that go on from what both stored."""
+    random_ = random.Random(1)
+    first = ids(random_, FAR + 100)
+    for row in (first[: FAR - 100], first, first[:FAR] + ids(random_, 60)):
+        assert_like_plain(ask(cached, [row]), model, [row], None)
 
 
 def test_a_mask_that_hides_only_far_keys_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,14 +120,50 @@ def test_a_mask_that_hides_only_far_keys_is_kept(monkeypatch: pytest.MonkeyPatch
     assert_plain(model, cached)
 
 
-@pytest.mark.parametrize(("kind", "tier"), [("full_attention", "C"), ("sliding_attention", "A")])
-def test_a_window_that_layers_are_not_told_of_is_kept(
-    kind: str, tier: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("mask", ["sliding_window", "chunked"])
+@pytest.mark.parametrize("kind", ["full_attention", "sliding_attention"])
+def test_the_mask_says_what_a_layer_sees(
+    kind: str, mask: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        modeling_llama, "create_causal_mask", masking_utils.create_sliding_window_causal_mask
-    )
-    model = far_sighted(sliding_window=FAR, layer_types=[kind] * 2)
+    """Whatever its cache keeps besides."""
+    other = getattr(masking_utils, f"create_{mask}_causal_mask")
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", other)
+    model = far_sighted(sliding_window=FAR, attention_chunk_size=FAR, layer_types=[kind] * 2)
     cached = chunkcache.wrap(model)
-    assert cached.proof.tier == tier
+    assert cached.proof.tier == "A"
     assert_plain(model, cached)
+
+
+def test_a_cache_that_forgets_what_the_mask_shows_is_reused_up_to_there() -> None:
+    """A configuration with a window that the model's code knows nothing of (once a Mistral's)."""
+    model = far_sighted(sliding_window=FAR)
+    cached = chunkcache.wrap(model)
+    assert (cached.proof.tier, cached.proof.limit) == ("D", FAR)
+    assert "forgets" in cached.proof.refused["two-phase"]
+    assert_plain(model, cached)
+    row = ids(random.Random(2), FAR - 20)
+    ask(cached, [row])
+    assert_like_plain(ask(cached, [row[:-9]]), model, [row[:-9]], None)
+    assert cached.last_reuse[0].cached_tokens >= FAR - 100
+    ours, plain = (
+        ask(each, [row], max_new_tokens=40, min_new_tokens=40) for each in (cached, model)
+    )
+    assert torch.equal(ours.sequences, plain.sequences)
+    pairs = zip(ours.logits, plain.logits, strict=True)
+    assert all(
+        (one - other).abs().max() < CLOSE * max(1, other.abs().max()) for one, other in pairs
+    )
+
+
+def test_a_mask_that_changes_later_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build_mask(**kwargs: Any) -> Any:
+        far = kwargs["inputs_embeds"].shape[1] > FAR
+        kind = "sliding_window_causal" if far else "causal"
+        return getattr(masking_utils, f"create_{kind}_mask")(**kwargs)
+
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", build_mask)
+    model = far_sighted(sliding_window=FAR, layer_types=["full_attention"] * 2)
+    cached = chunkcache.wrap(model)
+    ask(cached, [ids(random.Random(3), FAR)])
+    with pytest.raises(UnsupportedModelError, match="another one than when it was proved"):
+        ask(cached, [ids(random.Random(4), FAR + 9)])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunkcache.tree import LFU, LRU, LeafOrder, PrefixTree
+from chunkcache.tree import LFU, LRU, LeafOrder, Policy, PrefixTree, Priority
 
 from .oracle import run_of
 
@@ -34,6 +34,10 @@ def leaves(trees: list[PrefixTree]) -> dict[tuple[PrefixTree, int], tuple]:
     }
 
 
+def sizes_of(trees: list[PrefixTree]) -> dict[tuple[PrefixTree, int], int]:
+    return {(tree, node.serial): node.chunks for tree in trees for node in tree._iterate()}
+
+
 @settings(max_examples=150)
 @given(st.sampled_from([LRU, LFU]), STEPS)
 def test_the_least_of_all_trees_leaves(policy, steps) -> None:
@@ -49,11 +53,13 @@ def test_the_least_of_all_trees_leaves(policy, steps) -> None:
         elif what == "hold":
             held.append(tree.lease(tokens))
         else:
-            before, chunks = leaves(trees), sum(tree.chunks for tree in trees)
-            freed = tree.evict(1)
-            assert freed == (1 if before else 0) == chunks - sum(tree.chunks for tree in trees)
-            gone = before.keys() - leaves(trees).keys()
-            assert all(before[one] == min(before.values()) for one in gone)
+            before = leaves(trees)
+            sizes = sizes_of(trees)
+            assert tree.evict(1) == (1 if before else 0)
+            after = sizes_of(trees)
+            shorter = [one for one, chunks in sizes.items() if after.get(one, 0) < chunks]
+            assert sum(sizes.values()) - sum(after.values()) == len(shorter) == bool(before)
+            assert all(before[one] == min(before.values()) for one in shorter)
         for each in trees:
             each.check()
     for lease in held:
@@ -75,6 +81,36 @@ def test_a_tree_gives_up_what_another_needs() -> None:
     assert [tree.chunks for tree in trees] == [1, 1]
 
 
-def test_one_policy_decides() -> None:
+def test_one_policy_and_one_lock() -> None:
     with pytest.raises(ValueError, match="leaf_order"):
         PrefixTree(policy=LFU(), leaf_order=LeafOrder())
+    with pytest.raises(ValueError, match="share a lock"):
+        PrefixTree(leaf_order=LeafOrder())
+
+
+def test_a_priority_that_cannot_be_sorted_is_refused() -> None:
+    tree = PrefixTree(SIZE, policy=Priority(lambda node: 0.0))
+    insert(tree, (1, 2))
+    tree._structure.order.policy = Unsortable()
+    with pytest.raises(ValueError, match="gives nan"):
+        tree.lease((1, 2, 3))
+    with pytest.raises(ValueError, match="gives nan"):
+        insert(tree, (5, 6))
+    tree.check()
+
+
+class Unsortable(Policy):
+    def priority(self, node, now):
+        return float("nan")
+
+
+def test_what_expires_anywhere_is_known_before_it_is_due() -> None:
+    order, lock, now = LeafOrder(), threading.RLock(), [0.0]
+    trees = [PrefixTree(SIZE, leaf_order=order, lock=lock, clock=lambda: now[0]) for _ in range(2)]
+    assert order.soonest == float("inf") == trees[0].next_deadline
+    trees[0].insert((1, 2), lambda *span: run_of((1, 2), SIZE, *span), ttl=9)
+    insert(trees[1], (3, 4))
+    trees[1].pin((3, 4), ttl=5)
+    assert order.soonest == 5 == trees[1].next_deadline and trees[0].next_deadline == 9
+    now[0] = 6.0
+    assert trees[1].expire() == 0 and trees[1].next_deadline == float("inf")
