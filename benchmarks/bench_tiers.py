@@ -1,23 +1,20 @@
-"""What does reuse save in each tier, and what does absorbed latent attention save in a decoding step?
+"""What does reuse save in each tier?
 
 Time to first token of `generate(max_new_tokens=1)` with 2,048 shared and 64 private tokens, for random
 models of a few ten million parameters: plain model, chunkcache cold (empty cache), chunkcache warm
-(the prefix stored, private tokens new each time). Encoder-decoders share the encoder's input. Then the
-time inside one latent attention layer per decoded token, against transformers' own expansion.
+(the prefix stored, private tokens new each time). Encoder-decoders share the encoder's input.
 """
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import click
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import chunkcache
 from benchmarks.common import interleaved, median, save
-from chunkcache.hf.carrier import Source
 from chunkcache.hf.model import CachedModel
 
 VOCABULARY = 16_000
@@ -181,57 +178,6 @@ def measure(model: Any, cached: CachedModel, prompts: Prompts, repeats: int) -> 
     }
 
 
-class Clock:
-    """Seconds spent in a module's forwards."""
-
-    def __init__(self, module: torch.nn.Module):
-        self.samples: list[float] = []
-        self._begin = 0.0
-        module.register_forward_pre_hook(self._start, with_kwargs=True)
-        module.register_forward_hook(self._stop, with_kwargs=True)
-
-    def _start(self, *_: object) -> None:
-        self._begin = time.perf_counter()
-
-    def _stop(self, *_: object) -> None:
-        self.samples.append(time.perf_counter() - self._begin)
-
-
-def latent_step(tokens: int, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    """Seconds in a layer of 32 heads per decoded token, behind so many: expanded and absorbed."""
-    fields = {
-        "vocab_size": 256,
-        "hidden_size": 1024,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 4096,
-        "first_k_dense_replace": 1,
-        "q_lora_rank": 512,
-        "kv_lora_rank": 512,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 128,
-    }
-    model = build("deepseek_v3", fields, seed).to(dtype)
-    cached = chunkcache.wrap(model, config=chunkcache.Config())
-    carrier, layer = cached.proof.carrier, cached.proof.carrier.model.model.layers[0].self_attn
-    ids = torch.randint(3, 256, (1, tokens + 40), generator=torch.Generator().manual_seed(seed))
-    own, ours = Clock(model.model.layers[0].self_attn), Clock(layer)
-    state = DynamicCache(config=model.config)
-    carried = carrier.open(Source([]))
-    with torch.no_grad():
-        model(input_ids=ids[:, :tokens], past_key_values=state, use_cache=True)
-        carrier.forward(carried, ids[0, :tokens].tolist())
-        for at in range(tokens, tokens + 40):  # in turns
-            model(input_ids=ids[:, at : at + 1], past_key_values=state, use_cache=True)
-            carrier.forward(carried, ids[0, at : at + 1].tolist())
-    expanded, absorbed = own.samples[8:], ours.samples[-len(own.samples) + 8 :]
-    mid = median(expanded), median(absorbed)
-    return {"expanded": expanded, "absorbed": absorbed, "medians": mid, "ratio": mid[0] / mid[1]}
-
-
 @click.command()
 @click.option("--shared", default=2048)
 @click.option("--private", default=64)
@@ -239,7 +185,7 @@ def latent_step(tokens: int, dtype: torch.dtype, seed: int) -> dict[str, Any]:
 @click.option("--only", default="", help="Models whose name begins so.")
 @click.option("--seed", default=0)
 def main(shared: int, private: int, repeats: int, only: str, seed: int) -> None:
-    """Prints two tables and one JSON line; keeps the raw samples in results/."""
+    """Prints a table and one JSON line; keeps the raw samples in results/."""
     rows: dict[str, Any] = {}
     print(
         "tier model                                 plain ms cold ms warm ms cold/warm plain/warm miss cost"
@@ -258,19 +204,8 @@ def main(shared: int, private: int, repeats: int, only: str, seed: int) -> None:
             f"{found['cold / warm']:8.1f}x {found['plain / warm']:9.1f}x {found['cost at 0 % hits']:+9.0%}",
             flush=True,
         )
-    steps: dict[str, Any] = {}
-    for dtype in (torch.float32, torch.bfloat16) if not only else ():
-        for tokens in (512, 2048):
-            found = latent_step(tokens, dtype, seed)
-            steps[f"{dtype}, {tokens} tokens".removeprefix("torch.")] = found
-            expanded, absorbed = found["medians"]
-            print(
-                f"latent step, {dtype}, {tokens} tokens: expanded {expanded * 1e3:.2f} ms, "
-                f"absorbed {absorbed * 1e3:.2f} ms, {found['ratio']:.1f}x",
-                flush=True,
-            )
     settings = {"shared": shared, "private": private, "repeats": repeats, "seed": seed}
-    save("bench_tiers", settings, {"first token": rows, "latent step": steps})
+    save("bench_tiers", settings, {"first token": rows})
 
 
 if __name__ == "__main__":
