@@ -33,6 +33,21 @@ def parse_bytes(text: str | int) -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
+def parse_seconds(text: str | float) -> float:
+    """A number of seconds from `"90s"`, `"15m"`, `"1h"`, `"7d"` or a number.
+
+    >>> parse_seconds("1.5h"), parse_seconds("7d"), parse_seconds(2)
+    (5400.0, 604800.0, 2.0)
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([smhd]?)\s*", str(text).lower())
+    if not found or isinstance(text, bool) or not float(found[1]):
+        raise ConfigError(f"{text!r} is not a time; write for example 90s, 15m or 7d")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+
+
 @dataclass(frozen=True)
 class Config:
     """How a wrapped model stores and reuses KV.

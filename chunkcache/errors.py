@@ -16,6 +16,10 @@ ChunkcacheError
 │   ├── AlreadyWrappedError     wrap() of what is wrapped already
 │   └── ClosedError             used after close()
 ├── PoolExhaustedError          the byte budget cannot hold what was asked for (MemoryError)
+├── StoreError                  a colder tier; requests go on without it
+│   ├── StoreDownError          it cannot be reached, or does not answer in time
+│   ├── StoreFullError          it takes no more values
+│   └── CorruptValueError       a value that is damaged, or of something else
 ├── QueueFullError              the server keeps no more waiting requests
 ├── ReleasedLeaseError          KV of a released lease was asked for (RuntimeError)
 └── RunLengthError              a run of chunks of the wrong length (ValueError)
@@ -93,6 +97,22 @@ class ClosedError(ModelStateError):
 
 class PoolExhaustedError(ChunkcacheError, MemoryError):
     """The byte budget cannot hold what was to be kept; nothing was pinned."""
+
+
+class StoreError(ChunkcacheError):
+    """Something is wrong with a colder tier; requests go on without it."""
+
+
+class StoreDownError(StoreError):
+    """A store cannot be reached, or does not answer in time."""
+
+
+class StoreFullError(StoreError):
+    """A store takes no more values: no room, or nothing may be written."""
+
+
+class CorruptValueError(StoreError):
+    """A stored value that is damaged, of another format, or not of what was asked for."""
 
 
 class QueueFullError(ChunkcacheError):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -35,6 +36,10 @@ class Layer(ABC):
     @abstractmethod
     def by_token(self, kv: KV) -> KV:
         """Views that tokens are written through: `[n, heads, chunk, width]`, a part of a token each."""
+
+    @abstractmethod
+    def wire(self, kv: KV) -> KV:
+        """Views in the order in which stores keep chunks; of these, views as on the device."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,10 @@ class LayerShape(Layer):
         """As the base class says."""
         return (kv[0].transpose(2, 3), *kv[1:])
 
+    def wire(self, kv: KV) -> KV:
+        """Keys and values `[n, heads, chunk, width]`; turning keys twice leaves them as they were."""
+        return self.by_token(kv)
+
 
 @dataclass(frozen=True)
 class ChunkLayout:
@@ -100,6 +109,15 @@ class ChunkLayout:
         shape = self.layers[layer]
         assert isinstance(shape, LayerShape), f"layer {layer} keeps no keys"
         return shape
+
+    def outline(self, layer: int) -> KV:
+        """A chunk of one layer without memory: shapes and types."""
+        return self._outlines[layer]
+
+    @cached_property
+    def _outlines(self) -> list[KV]:
+        meta = torch.device("meta")
+        return [layer.allocate(1, self.chunk_size, self.dtype, meta) for layer in self.layers]
 
     def allocate_layer(self, layer: int, chunks: int) -> KV:
         """Uninitialised memory for `chunks` chunks of one layer."""

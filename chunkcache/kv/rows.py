@@ -33,3 +33,7 @@ class RowShape(Layer):
     def by_token(self, kv: KV) -> KV:
         """Not written token by token: whole chunks are copied."""
         raise NotImplementedError("rows are stored by whole chunks")
+
+    def wire(self, kv: KV) -> KV:
+        """As they are."""
+        return kv

@@ -1,0 +1,248 @@
+"""Values that stores keep: one per chunk or snapshot, all layers, self-describing.
+
+The container is that of safetensors. Its metadata say what the value is of: format, namespace, the name
+of the chunk before it, position, a CRC of every tensor, and a CRC of the metadata themselves. Tensors
+lie in one canonical order, whatever the layout of the device: keys and values `[kv_heads, tokens,
+dim]`, rows as they are. Token ids are a tensor too, and compared when a value is read: digests only find
+candidates. Whoever reads a value says what it must be of; anything else is `CorruptValueError`, and a
+miss. Values of other formats are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from chunkcache.errors import CorruptValueError
+from chunkcache.kv.layout import KV, ChunkLayout
+from chunkcache.stores.base import Buffer, Key
+from chunkcache.tree import TOKEN_BYTES
+
+FORMAT = 1
+_DIGEST = 16  # bytes of a name
+_TOKENS, _FACTS = "tokens", "chunkcache"  # names in the container
+_PACKED = "zstd, bytes of numbers apart"
+_LEVEL = 1
+
+
+class Identity(NamedTuple):
+    """What a value is of: the last chunk of a prefix.
+
+    Attributes:
+        key: of the value; parent: name of the chunk before it, empty for the first.
+        start: position of the chunk's first token; data: its token ids, as the tree packs them.
+    """
+
+    namespace: bytes
+    key: Key
+    parent: str
+    start: int
+    data: bytes
+
+    def snapshot(self) -> Identity:
+        """Of the state behind the chunk."""
+        return self._replace(key=Key(self.key.group, f"{self.key.name}.state"))
+
+
+def identities(namespace: bytes, data: bytes, chunk_size: int, first: int = 0) -> list[Identity]:
+    """Of all whole chunks of packed token ids, from chunk `first` on. O(bytes).
+
+    A name is the digest of namespace and all ids up to there, so equal names mean equal prefixes as
+    surely as BLAKE2b (RFC 7693) has no collisions; ids are compared all the same.
+    """
+    size = chunk_size * TOKEN_BYTES
+    group, name, found = "", "", []
+    for start in range(0, len(data) - size + 1, size):
+        part = data[start : start + size]
+        parent = name
+        digest = hashlib.blake2b(digest_size=_DIGEST, key=namespace[:64])
+        digest.update(bytes.fromhex(parent))
+        digest.update(part)
+        name = digest.hexdigest()
+        group = group or name
+        found.append(Identity(namespace, Key(group, name), parent, start // TOKEN_BYTES, part))
+    return found[first:]
+
+
+def encode_chunk(
+    identity: Identity, layers: Sequence[KV], layout: ChunkLayout, pack: bool = False
+) -> bytes:
+    """A value from one chunk in the layout of the device, `[1, ...]` each tensor. O(bytes).
+
+    Args:
+        pack: compress what there is to compress; needs zstandard.
+    """
+    tensors = {
+        f"{number}.{part}": tensor[0]
+        for number, (layer, kv) in enumerate(zip(layout.layers, layers, strict=True))
+        for part, tensor in enumerate(layer.wire(kv))
+    }
+    return _encode(identity, tensors, {}, pack)
+
+
+def decode_chunk(value: Buffer, identity: Identity, layout: ChunkLayout) -> list[KV]:
+    """The layers of a chunk, `[1, ...]` in the shape (not the memory) of the device's layout.
+
+    Tensors lie in memory of their own on the CPU. O(bytes).
+
+    Raises:
+        CorruptValueError: it is damaged, of another format, or not of `identity` and `layout`.
+    """
+    tensors, _ = _decode(value, identity)
+    found: list[KV] = []
+    for number, layer in enumerate(layout.layers):
+        wanted = layer.wire(layout.outline(number))
+        parts = [tensors.pop(f"{number}.{part}", None) for part in range(len(wanted))]
+        for part, outline in zip(parts, wanted, strict=True):
+            if part is None or part.shape != outline.shape[1:] or part.dtype != outline.dtype:
+                raise CorruptValueError(f"layer {number} of {identity.key} has other tensors")
+        found.append(layer.wire(tuple(part[None] for part in parts if part is not None)))
+    if tensors:
+        raise CorruptValueError(f"{identity.key} has tensors of more layers")
+    return found
+
+
+def encode_state(
+    identity: Identity, tensors: Sequence[torch.Tensor], plain: Any, pack: bool = False
+) -> bytes:
+    """A value from a snapshot: tensors, and what else there is as JSON.
+
+    Raises:
+        TypeError: `plain` is more than JSON holds.
+    """
+    named = {str(number): tensor for number, tensor in enumerate(tensors)}
+    return _encode(identity, named, {"plain": plain}, pack)
+
+
+def decode_state(value: Buffer, identity: Identity) -> tuple[tuple[torch.Tensor, ...], Any]:
+    """The inverse of `encode_state`.
+
+    Raises:
+        CorruptValueError: it is damaged, of another format, or not of `identity`.
+    """
+    tensors, facts = _decode(value, identity)
+    try:
+        return tuple(tensors[str(number)] for number in range(len(tensors))), facts["plain"]
+    except KeyError as error:
+        raise CorruptValueError(f"{identity.key} is no snapshot") from error
+
+
+def _encode(
+    identity: Identity, tensors: dict[str, torch.Tensor], more: dict[str, Any], pack: bool
+) -> bytes:
+    parts = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    facts = _describe(identity) | more
+    if pack:
+        shapes = {name: [str(part.dtype), list(part.shape)] for name, part in parts.items()}
+        facts |= {"packed": _PACKED, "shapes": shapes}
+        parts = {name: _pack(part) for name, part in parts.items()}
+    parts[_TOKENS] = torch.frombuffer(bytearray(identity.data), dtype=torch.uint8)
+    facts["crc"] = {name: _crc(part) for name, part in parts.items()}
+    # One entry: safetensors writes several in any order, and equal chunks are to be equal bytes.
+    return save(parts, {_FACTS: _text(facts | {"seal": _seal(facts)})})
+
+
+def _decode(value: Buffer, identity: Identity) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """All tensors but the token ids, and the facts; every field of both was verified."""
+    try:
+        facts = _facts(value)
+        if facts.get("format") != FORMAT:
+            raise CorruptValueError(f"{identity.key} is of format {facts.get('format')!r}")
+        if facts.pop("seal", None) != _seal(facts):
+            raise CorruptValueError(f"the metadata of {identity.key} are damaged")
+        if facts | _describe(identity) != facts:
+            raise CorruptValueError(f"{identity.key} is of something else")
+        tensors = load(bytes(value))
+        if facts["crc"] != {name: _crc(part) for name, part in tensors.items()}:
+            raise CorruptValueError(f"the tensors of {identity.key} are damaged")
+        if bytes(_bytes(tensors.pop(_TOKENS))) != identity.data:
+            raise CorruptValueError(f"{identity.key} is of other token ids")
+        return _unpacked(tensors, facts), facts
+    except (
+        SafetensorError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
+        raise CorruptValueError(f"{identity.key} cannot be read: {error}") from error
+
+
+def _facts(value: Buffer) -> dict[str, Any]:
+    size = int.from_bytes(value[:8], "little")
+    if not 0 < size <= len(value) - 8:
+        raise ValueError("it is cut off")
+    header = json.loads(bytes(value[8 : 8 + size]))
+    found: dict[str, Any] = dict(json.loads(header["__metadata__"][_FACTS]))
+    return found
+
+
+def _describe(identity: Identity) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "namespace": identity.namespace.hex(),
+        "name": identity.key.name,
+        "parent": identity.parent,
+        "start": identity.start,
+    }
+
+
+def _text(facts: dict[str, Any]) -> str:
+    return json.dumps(facts, sort_keys=True)
+
+
+def _seal(facts: dict[str, Any]) -> int:
+    return zlib.crc32(_text(facts).encode())
+
+
+def _crc(tensor: torch.Tensor) -> int:
+    return zlib.crc32(_bytes(tensor))
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """A view of a tensor's numbers."""
+    numbers: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(numbers)
+
+
+# -- compression without loss
+
+
+def _pack(tensor: torch.Tensor) -> torch.Tensor:
+    """Bytes of equal weight together (exponents of neighbours are alike), then compressed."""
+    import zstandard
+
+    numbers = tensor.reshape(-1).view(torch.uint8).view(tensor.numel(), tensor.element_size())
+    planes = numbers.t()
+    packed = zstandard.ZstdCompressor(level=_LEVEL).compress(_bytes(planes))
+    return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+
+
+def _unpacked(tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> dict[str, torch.Tensor]:
+    if "packed" not in facts:
+        return tensors
+    if facts["packed"] != _PACKED:
+        raise ValueError(f"it is packed in another way: {facts['packed']!r}")
+    return {name: _unpack(part, *facts["shapes"][name]) for name, part in tensors.items()}
+
+
+def _unpack(packed: torch.Tensor, dtype: str, shape: list[int]) -> torch.Tensor:
+    import zstandard
+
+    kind = getattr(torch, dtype.removeprefix("torch."))
+    size = kind.itemsize * torch.Size(shape).numel()
+    raw = zstandard.ZstdDecompressor().decompress(_bytes(packed), max_output_size=size)
+    if len(raw) != size:
+        raise ValueError("it unpacks to another length")
+    if not size:
+        return torch.empty(shape, dtype=kind)
+    planes = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(kind.itemsize, -1)
+    return planes.t().contiguous().view(-1).view(kind).view(shape)

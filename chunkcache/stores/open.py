@@ -1,0 +1,70 @@
+"""Stores by name, as settings and command lines give them."""
+
+from __future__ import annotations
+
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+from chunkcache.config import parse_bytes, parse_seconds
+from chunkcache.errors import ConfigError
+from chunkcache.stores.base import Store
+from chunkcache.stores.disk import DiskStore
+from chunkcache.stores.memory import MemoryStore
+
+BUDGET = "10GiB"  # of a disk store that names none
+TIMEOUT = 1.0  # seconds
+_OPTIONS = {"memory": set(), "disk": {"budget", "ttl", "timeout"}, "redis": {"ttl", "timeout"}}
+
+
+def open_store(name: str) -> Store:
+    """Opens the store that a name stands for.
+
+    `memory:2GiB`, `disk:DIR?budget=20GiB&ttl=7d`, or a URL of Redis with `ttl` and `timeout` among its
+    options (`redis://HOST:PORT/0?ttl=1h`, `rediss://`, `unix://`, `redis+sentinel://`,
+    `redis+cluster://`).
+
+    Raises:
+        ConfigError: it is no name of a store, or an option is unknown.
+        StoreDownError: the folder cannot be used, or no node of a cluster answers.
+    """
+    kind, _, rest = name.partition(":")
+    if kind == "memory":
+        return MemoryStore(parse_bytes(rest))
+    if kind == "disk":
+        folder, _, query = rest.partition("?")
+        if not folder:
+            raise ConfigError(f"{name!r} names no folder; write disk:DIR")
+        options = dict(parse_qsl(query))
+        _check(name, options, _OPTIONS["disk"])
+        budget = parse_bytes(options.get("budget", BUDGET))
+        return DiskStore(folder, budget, _ttl(options), _timeout(options))
+    if kind.partition("+")[0] in ("redis", "rediss", "unix"):
+        return _redis(name)
+    raise ConfigError(f"{name!r} is no store; write memory:SIZE, disk:DIR or redis://HOST")
+
+
+def _redis(name: str) -> Store:
+    from chunkcache.stores.redis import RedisStore  # takes 0.15 s, and not everybody needs it
+
+    parts = urlsplit(name)
+    options = dict(parse_qsl(parts.query))
+    ours = {key: options.pop(key) for key in _OPTIONS["redis"] if key in options}
+    url = parts._replace(query=urlencode(options)).geturl()
+    if parts.scheme == "unix" and not url.startswith("unix://"):
+        url = url.replace("unix:", "unix://", 1)  # geturl() drops an empty host
+    return RedisStore.open(url, _ttl(ours), _timeout(ours))
+
+
+def _check(name: str, options: dict[str, str], known: set[str]) -> None:
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise ConfigError(
+            f"{name!r}: unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}"
+        )
+
+
+def _ttl(options: dict[str, str]) -> float | None:
+    return parse_seconds(options["ttl"]) if "ttl" in options else None
+
+
+def _timeout(options: dict[str, str]) -> float:
+    return parse_seconds(options["timeout"]) if "timeout" in options else TIMEOUT

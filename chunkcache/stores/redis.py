@@ -1,0 +1,357 @@
+"""Values in Redis: one server, a set watched by Sentinel, or a cluster.
+
+A value of up to PART bytes is one key. Larger ones are cut: the parts have keys of their own, and the
+value's key holds only how many there are and the digest that is in their names, so parts of two
+writes never mix, and a value that lost a part is a miss. All keys of a group carry the same hash tag and
+so lie on one node of a cluster.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import redis
+from redis.backoff import NoBackoff
+from redis.cluster import ClusterNode, RedisCluster
+from redis.exceptions import (
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisClusterException,
+    RedisError,
+    ResponseError,
+)
+from redis.retry import Retry
+from redis.sentinel import Sentinel
+
+from chunkcache.errors import ConfigError, StoreDownError, StoreFullError
+from chunkcache.stores.base import Buffer, Key, Store, Stored, StoreStats
+
+PART = 512 * 1024  # bytes; redis-py reads longer answers slowly
+_PREFIX = "chunkcache"
+_MAGIC = b"ckr1"
+_HEAD = struct.Struct(">4sIQ")  # magic, parts, bytes of the whole value
+_DIGEST = 8  # bytes of the digest in the names of parts
+_BATCH = 16 * 2**20  # bytes that are on their way at once
+_ERRORS = (RedisError, RedisClusterException, OSError)
+
+
+class RedisStore(Store):
+    """See the module.
+
+    Args:
+        client: of redis-py, for one server or a cluster; its time-outs bound every call.
+        ttl: seconds after its last use that a value is kept; None leaves that to the server.
+    """
+
+    kind = "redis"
+
+    def __init__(self, client: Any, ttl: float | None = None):
+        self.client = client
+        self.ttl = None if ttl is None else max(1, math.ceil(ttl * 1000))  # milliseconds
+        self._stats = StoreStats(self.kind)
+
+    @staticmethod
+    def open(url: str, ttl: float | None = None, timeout: float = 1.0) -> RedisStore:
+        """Connects when it is first used.
+
+        Args:
+            url: redis://, rediss:// or unix:// as redis-py takes them; redis+sentinel://HOST:PORT,../NAME
+                and redis+cluster://HOST:PORT,.. (rediss+ for TLS).
+            timeout: seconds to connect, and to wait for an answer.
+
+        Raises:
+            ConfigError: for another URL.
+        """
+        return RedisStore(connect(url, timeout), ttl)
+
+    # -- reading
+
+    def get(self, keys: Sequence[Key]) -> list[Buffer | None]:
+        """As the base class says."""
+        heads = self._heads(keys)
+        found: list[Buffer | None] = []
+        batch: list[tuple[Key, bytes]] = []
+        waiting = 0
+        for key, head in zip(keys, heads, strict=True):
+            batch.append((key, head or b""))
+            waiting += _length(head)
+            if waiting >= _BATCH:
+                found += self._whole(batch)
+                batch, waiting = [], 0
+        found += self._whole(batch)
+        hits = len(found) - found.count(None)
+        self._stats.hits += hits
+        self._stats.misses += len(found) - hits
+        return found
+
+    def _heads(self, keys: Sequence[Key]) -> list[bytes | None]:
+        """What is kept under the keys themselves."""
+
+        def ask(pipe: Any) -> None:
+            for key in keys:
+                pipe.get(_name(key))
+
+        heads: list[bytes | None] = self._pipeline(ask) if keys else []
+        self._prolong([_name(key) for key, head in zip(keys, heads, strict=True) if head])
+        return heads
+
+    def _whole(self, batch: Sequence[tuple[Key, bytes]]) -> list[Buffer | None]:
+        """Values from what was under their keys, with the parts that lie elsewhere."""
+        names = [_parts(key, head) for key, head in batch]
+        flat = [name for each in names for name in each]
+        parts = iter(self._parts(flat))
+        return [
+            _join(head, [next(parts) for _ in each])
+            for (_, head), each in zip(batch, names, strict=True)
+        ]
+
+    def _parts(self, names: Sequence[str]) -> list[bytes | None]:
+        if not names:
+            return []
+
+        def ask(pipe: Any) -> None:
+            for name in names:
+                pipe.get(name) if self.ttl is None else pipe.getex(name, px=self.ttl)
+
+        return self._pipeline(ask)
+
+    def _prolong(self, names: Sequence[str]) -> None:
+        if self.ttl is None or not names:
+            return
+
+        def ask(pipe: Any) -> None:
+            for name in names:
+                pipe.pexpire(name, self.ttl)
+
+        self._pipeline(ask)
+
+    def exists(self, keys: Sequence[Key]) -> list[bool]:
+        """As the base class says; of a value in parts only the key itself is asked for."""
+
+        def ask(pipe: Any) -> None:
+            for key in keys:
+                pipe.exists(_name(key))
+
+        found = [bool(one) for one in self._pipeline(ask)] if keys else []
+        self._prolong([_name(key) for key, there in zip(keys, found, strict=True) if there])
+        return found
+
+    # -- writing
+
+    def put(self, values: Sequence[tuple[Key, Buffer]]) -> int:
+        """As the base class says."""
+        kept = 0
+        batch: list[tuple[str, Buffer]] = []
+        for key, value in values:
+            batch += _cut(key, value)
+            if sum(len(part) for _, part in batch) >= _BATCH:
+                self._set(batch)
+                batch = []
+            kept += 1
+        self._set(batch)
+        self._stats.written += kept
+        return kept
+
+    def _set(self, batch: Sequence[tuple[str, Buffer]]) -> None:
+        if not batch:
+            return
+
+        def ask(pipe: Any) -> None:
+            for name, part in batch:
+                pipe.set(name, part, px=self.ttl)
+
+        self._pipeline(ask)
+
+    def delete(self, keys: Sequence[Key]) -> int:
+        """As the base class says."""
+        heads = self._heads(keys)
+        names = [_name(key) for key, head in zip(keys, heads, strict=True) if head]
+        parts = [
+            name for key, head in zip(keys, heads, strict=True) for name in _parts(key, head or b"")
+        ]
+
+        def ask(pipe: Any) -> None:
+            for name in [*names, *parts]:
+                pipe.delete(name)
+
+        return sum(self._pipeline(ask)[: len(names)]) if names else 0
+
+    def _pipeline(self, ask: Callable[[Any], None]) -> list[Any]:
+        """Sends many commands at once.
+
+        Raises:
+            StoreDownError, StoreFullError
+        """
+        try:
+            with self.client.pipeline(transaction=False) as pipe:
+                ask(pipe)
+                answers: list[Any] = pipe.execute()
+                return answers
+        except (OutOfMemoryError, ReadOnlyError) as error:
+            self._stats.refused += 1
+            raise StoreFullError(f"Redis takes no more values: {error}") from error
+        except ResponseError as error:
+            if str(error).startswith(("OOM", "MISCONF", "NOPERM")):
+                self._stats.refused += 1
+                raise StoreFullError(f"Redis takes no more values: {error}") from error
+            raise StoreDownError(f"Redis refuses: {error}") from error
+        except _ERRORS as error:
+            raise StoreDownError(f"Redis cannot be used: {error}") from error
+
+    # -- looking after it
+
+    def scan(self) -> Iterator[Stored]:
+        """As the base class says; bytes are of whole values."""
+        try:
+            for name in self.client.scan_iter(match=f"{_PREFIX}:*", count=512):
+                key = _key(name.decode("utf-8", "replace"))
+                head = self.client.get(name) if key is not None else None
+                if key is not None and head is not None:
+                    yield Stored(key, _length(head), None)
+        except _ERRORS as error:
+            raise StoreDownError(f"Redis cannot be used: {error}") from error
+
+    def stats(self) -> StoreStats:
+        """As the base class says; bytes and budget are the server's."""
+        found = StoreStats(**vars(self._stats))
+        try:
+            memory = self.client.info("memory")
+        except _ERRORS as error:
+            raise StoreDownError(f"Redis cannot be used: {error}") from error
+        servers = [memory] if "used_memory" in memory else list(memory.values())
+        found.bytes = sum(int(one["used_memory"]) for one in servers)
+        found.budget = sum(int(one.get("maxmemory", 0)) for one in servers) or None
+        return found
+
+    def close(self) -> None:
+        """As the base class says."""
+        self.client.close()
+
+
+def connect(url: str, timeout: float) -> Any:
+    """A client of redis-py for a URL, as `RedisStore.open` takes them. Nothing is sent yet but to clusters.
+
+    Raises:
+        ConfigError: for another URL.
+        StoreDownError: no node of a cluster answers.
+    """
+    settings: dict[str, Any] = {
+        "socket_timeout": timeout,
+        "socket_connect_timeout": timeout,
+        "retry": Retry(NoBackoff(), 0),  # who calls knows when to try again
+    }
+    parts = urlsplit(url)
+    scheme, _, kind = parts.scheme.partition("+")
+    try:
+        if kind == "" and scheme in ("redis", "rediss", "unix"):
+            return redis.Redis.from_url(url, **settings)
+        if scheme not in ("redis", "rediss") or kind not in ("sentinel", "cluster"):
+            raise ValueError("unknown scheme")
+        settings |= {"username": unquote(parts.username or "") or None}
+        settings |= {"password": unquote(parts.password or "") or None, "ssl": scheme == "rediss"}
+        hosts = _hosts(parts.netloc.rpartition("@")[2])
+        if kind == "cluster":
+            nodes = [ClusterNode(host, port) for host, port in hosts]  # type: ignore[no-untyped-call]
+            return RedisCluster(startup_nodes=nodes, **settings)
+        name, _, database = parts.path.strip("/").partition("/")
+        if not name:
+            raise ValueError("name the set: redis+sentinel://HOST:PORT/NAME")
+        watchers: Any = Sentinel
+        sentinel = watchers(hosts, sentinel_kwargs=_sentinel(parts.query, timeout))
+        return sentinel.master_for(name, db=int(database or 0), **settings)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{_hidden(url)} is no URL of Redis ({error})") from error
+    except _ERRORS as error:
+        raise StoreDownError(f"{_hidden(url)} does not answer: {error}") from error
+
+
+def _hosts(text: str) -> list[tuple[str, int]]:
+    found = []
+    if not text:
+        raise ValueError("it names no host")
+    for one in text.split(","):
+        host, _, port = one.rpartition(":")
+        found.append((host.strip("[]"), int(port)) if host else (port, 6379))
+    return found
+
+
+def _sentinel(query: str, timeout: float) -> dict[str, Any]:
+    """Settings of the connections to the sentinels themselves."""
+    given = {name: values[-1] for name, values in parse_qs(query).items()}
+    known: dict[str, Any] = {n: given[n] for n in ("username", "password") if n in given}
+    return {"socket_timeout": timeout, "socket_connect_timeout": timeout, **known}
+
+
+def _hidden(url: str) -> str:
+    """A URL without its password."""
+    parts = urlsplit(url)
+    return url.replace(f":{parts.password}@", ":***@") if parts.password else url
+
+
+def _name(key: Key) -> str:
+    return f"{_PREFIX}:{{{key.group}}}:{key.name}"
+
+
+def _key(name: str) -> Key | None:
+    """The key of a value; None for a part, or for what is not ours."""
+    prefix, _, rest = name.partition(":")
+    group, _, own = rest.partition(":")
+    try:
+        found = Key.parse(f"{group.strip('{}')}.{own}")
+    except ValueError:
+        return None
+    return found if prefix == _PREFIX and _name(found) == name else None
+
+
+def _cut(key: Key, value: Buffer) -> list[tuple[str, Buffer]]:
+    """What to set for a value, its own key last: once that is there, all parts were."""
+    view = memoryview(value)
+    count = 0 if len(view) <= PART else -(-len(view) // PART)
+    head = _HEAD.pack(_MAGIC, count, len(view))
+    if not count:
+        return [(_name(key), head + view)]
+    head += hashlib.blake2b(view, digest_size=_DIGEST).digest()
+    names = _parts(key, head)
+    parts = [(name, view[i * PART : (i + 1) * PART]) for i, name in enumerate(names)]
+    return [*((name, bytes(part)) for name, part in parts), (_name(key), head)]
+
+
+def _head(head: bytes | None) -> tuple[int, int] | None:
+    """Parts and bytes of a value; None if this is not the beginning of one."""
+    if head is None or len(head) < _HEAD.size:
+        return None
+    magic, count, size = _HEAD.unpack_from(head)
+    wanted = 0 if size <= PART else -(-size // PART)
+    return (count, size) if magic == _MAGIC and count == wanted else None
+
+
+def _length(head: bytes | None) -> int:
+    found = _head(head)
+    return 0 if found is None else found[1]
+
+
+def _parts(key: Key, head: bytes) -> list[str]:
+    """Names of the parts of a value; none if it is whole in its own key."""
+    found = _head(head)
+    if found is None or len(head) != _HEAD.size + _DIGEST:
+        return []
+    digest = head[_HEAD.size :].hex()
+    return [f"{_name(key)}:{digest}:{number}" for number in range(found[0])]
+
+
+def _join(head: bytes, parts: Sequence[bytes | None]) -> Buffer | None:
+    """The whole value; None if anything is missing or of another length."""
+    found = _head(head)
+    if found is None:
+        return None
+    count, size = found
+    whole = head[_HEAD.size :] if count == 0 else b""
+    if count:
+        there = [part for part in parts if part is not None]
+        whole = b"".join(there) if len(there) == count else b""
+    return whole if len(whole) == size else None
