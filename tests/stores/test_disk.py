@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -26,6 +27,32 @@ ONE, TWO, THREE = KEYS[:3]
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "store"
+
+
+Start = Callable[[Path, int], subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts writers; none outlives its test."""
+    running: list[subprocess.Popen[str]] = []
+
+    def start_(folder: Path, seed: int) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.stores.writer", str(folder), str(seed)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        running.append(process)
+        assert process.stdout is not None
+        with process.stdout as lines:
+            assert lines.readline() == "ready\n"
+        return process
+
+    yield start_
+    for process in running:
+        process.kill()
+        process.wait()
 
 
 def files(folder: Path) -> dict[str, int]:
@@ -48,7 +75,7 @@ def assert_whole(folder: Path) -> DiskStore:
     return store
 
 
-def test_writers_may_be_killed_at_any_moment(folder: Path) -> None:
+def test_writers_may_be_killed_at_any_moment(folder: Path, start: Start) -> None:
     """Two at a time, so that one goes on while the other dies."""
     random_ = random.Random(5)
     running = [start(folder, seed) for seed in range(2)]
@@ -77,19 +104,7 @@ def test_writers_may_be_killed_at_any_moment(folder: Path) -> None:
     assert found.bytes <= store.budget
 
 
-def start(folder: Path, seed: int) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.stores.writer", str(folder), str(seed)],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    with process.stdout as lines:
-        assert lines.readline() == "ready\n"
-    return process
-
-
-def test_processes_share_one_budget(folder: Path) -> None:
+def test_processes_share_one_budget(folder: Path, start: Start) -> None:
     writers = [start(folder, seed) for seed in range(3)]
     time.sleep(1.5)
     for writer in writers:
@@ -255,7 +270,7 @@ def test_strange_files_are_left_alone(folder: Path) -> None:
     assert [one.key for one in store.scan()] == [ONE] and stranger.exists()
 
 
-def test_readers_never_see_half_a_value(folder: Path) -> None:
+def test_readers_never_see_half_a_value(folder: Path, start: Start) -> None:
     """While it is written again and again, longer and shorter."""
     store, key = DiskStore(folder, 10**9), Key("ab", "cd")
     writer = start(folder, 1)
