@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,7 +75,9 @@ class Config:
             insists on compiled attention, "torch" avoids compiled code. What differs in the last
             bits shares nothing.
         keep_answers: store the KV of generated tokens too, so that the next turn finds them.
-        stores: colder tiers, such as "disk:DIR"; none is available in this version.
+        stores: colder tiers, the fastest first: "memory:2GiB", "disk:DIR?budget=20GiB&ttl=7d",
+            "redis://HOST:PORT?ttl=1h". What is stored is written to them behind the requests, and read
+            where a prompt's match ends (not for encoder-decoders).
     """
 
     mode: Literal["exact", "fast"] = "exact"
@@ -92,7 +95,7 @@ class Config:
     exactness: Literal["auto", "borders"] = "auto"
     kernel: Literal["auto", "native", "torch"] = "auto"
     keep_answers: bool = True
-    stores: tuple[str, ...] = ()
+    stores: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.mode not in ("exact", "fast"):
@@ -115,10 +118,7 @@ class Config:
             raise ConfigError(
                 f"border ({self.border}) must be a multiple of chunk_size ({self.chunk_size})"
             )
-        if self.stores:
-            raise ConfigError(
-                "stores: this version keeps chunks on the device only; leave it empty"
-            )
+        object.__setattr__(self, "stores", tuple(self.stores))
         object.__setattr__(self, "device_bytes", parse_bytes(self.device_bytes))
         if self.snapshot_bytes is not None:
             object.__setattr__(self, "snapshot_bytes", parse_bytes(self.snapshot_bytes))

@@ -42,13 +42,16 @@ from .loading import dtype_option, load
 @click.option(
     "--queue-limit", type=click.IntRange(1), default=64, show_default=True, help="Most waiting."
 )
-@click.option("--store", "stores", multiple=True, help="Not available in this version.")
+@click.option(
+    "--store",
+    "stores",
+    multiple=True,
+    help="A colder tier: disk:DIR or redis://HOST; repeatable, the fastest first.",
+)
 def command(
     model: str, dtype: str, preload: Path | None, stores: tuple[str, ...], **o: Any
 ) -> None:
     """Serve MODEL to OpenAI clients, reusing the beginnings that prompts share."""
-    if stores:
-        raise click.UsageError("--store: this version keeps KV on the device only")
     from .preloads import read_preloads
 
     prompts = read_preloads(preload) if preload else []
@@ -60,6 +63,7 @@ def command(
         chunk_size=o["chunk_size"],
         device_bytes=o["device_bytes"],
         border=_border(o),
+        stores=stores,
     )
     loaded, tokenizer = load(model, dtype)
     cached = wrap(loaded, tokenizer, settings)

@@ -14,6 +14,7 @@ from chunkcache.hf.carrier import Carried
 from chunkcache.hf.prefill import Row
 from chunkcache.hf.probe import Proof, exactness
 from chunkcache.kv.store import PrefixStore
+from chunkcache.kv.tiers import Tiers
 from chunkcache.lab.records import Reuse, Stats, TreeRow
 from chunkcache.tree import PrefixTree
 
@@ -76,7 +77,13 @@ class Ledger:
         return list(getattr(self._local, "last", self._last))
 
     def stats(
-        self, model: str, settings: Config, proof: Proof, store: PrefixStore, decisions: Decisions
+        self,
+        model: str,
+        settings: Config,
+        proof: Proof,
+        store: PrefixStore,
+        decisions: Decisions,
+        tiers: Tiers | None = None,
     ) -> Stats:
         """The sums, and what is stored now."""
         trees = store.trees()
@@ -115,6 +122,7 @@ class Ledger:
                 stored_snapshots=store.flow.snapshots_stored,
                 evicted_snapshots=store.flow.snapshots_evicted,
                 refused_snapshots=store.flow.snapshots_refused,
+                stores={} if tiers is None else tiers.report(),
             )
 
 

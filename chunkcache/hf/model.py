@@ -264,7 +264,8 @@ class CachedModel:
     def stats(self) -> Stats:
         """Sums since wrap() and what is stored now."""
         kind, decisions = str(self.model.config.model_type), self._state.decisions
-        return self._ledger.stats(kind, self.settings, self.proof, self.store, decisions)
+        tiers = self._state.tiers
+        return self._ledger.stats(kind, self.settings, self.proof, self.store, decisions, tiers)
 
     def tree_rows(self) -> list[TreeRow]:
         """The stored prefixes, depth first."""
@@ -354,8 +355,16 @@ class CachedModel:
         """Drops everything that no running request holds, pinned or not; returns the chunks freed."""
         return self._state.flush()
 
+    def settle(self, timeout: float = 5.0) -> bool:
+        """Waits until colder tiers have what is stored; whether they have within so many seconds."""
+        tiers = self._state.tiers
+        return tiers is None or tiers.flush(timeout)
+
     def close(self) -> None:
-        """Drops the cache; generate() raises ClosedError from now on. The model is as it was."""
+        """Drops the cache; generate() raises ClosedError from now on. The model is as it was.
+
+        Colder tiers get a few seconds to take what they were offered.
+        """
         self._state.close()
 
     def __enter__(self) -> CachedModel:

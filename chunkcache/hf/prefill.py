@@ -12,6 +12,7 @@ from chunkcache.hf.encoder import Encoding
 from chunkcache.hf.flights import Flight, Flights
 from chunkcache.kv import PoolRun
 from chunkcache.kv.store import PrefixStore
+from chunkcache.kv.tiers import Tiers
 from chunkcache.lab.records import Reuse
 from chunkcache.tree import Lease, Match, Node, Piece
 
@@ -65,6 +66,7 @@ class Prefiller:
         avoid: prompts that contain this token are not reused; None if all may be.
         current: the space of the model as it is now, None if nothing may be stored; state of a model
             that changed meanwhile is not stored.
+        tiers: colder ones than the store; None if there are none.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Prefiller:
         longest: int | None,
         avoid: int | None,
         current: Callable[[], Space | None],
+        tiers: Tiers | None = None,
     ):
         self.carrier = carrier
         self.store = store
@@ -83,6 +86,7 @@ class Prefiller:
         self.longest = longest
         self.avoid = avoid
         self.current = current
+        self.tiers = tiers
         self.aligned = settings.mode == "exact" and not rows
         whole = carrier.layout.chunk_size if not carrier.reads_in_place else 1
         self.unit = settings.cut if self.aligned else whole
@@ -113,10 +117,18 @@ class Prefiller:
             stored = self._found(space, tokens, limit)
             flight = self.flights.wait_or_start(space.name, tokens, stored)
         try:
-            return self._lease(space, tokens, limit, flight, encoding)
+            colder = self._load(space, tokens, stored, limit) if encoding is None else {}
+            return self._lease(space, tokens, limit, flight, encoding, colder)
         except BaseException:
             self.flights.land(flight)
             raise
+
+    def _load(self, space: Space, tokens: list[int], stored: int, limit: int) -> dict[str, int]:
+        """Brings from colder tiers what is not stored here; the tokens that came, by kind of tier."""
+        limit -= limit % self.unit
+        if self.tiers is None or limit - stored < self.unit or not self.may_store(space):
+            return {}
+        return self.tiers.load(space.name, tokens, stored, limit)
 
     def _found(self, space: Space, tokens: list[int], limit: int) -> int:
         """Tokens that a lease would let a row start from now."""
@@ -166,13 +178,14 @@ class Prefiller:
         limit: int,
         flight: Flight,
         encoding: Encoding | None,
+        colder: dict[str, int],
     ) -> Row:
         lease = self.store.lease(space.name, tokens, limit)
         try:
             used, snapshot = lease.tokens - lease.tokens % self.unit, None
             if self.carrier.snapshots:
                 used, snapshot = self._resumable(lease, used)
-            reuse = self._reuse(len(tokens), limit, used, lease.match)
+            reuse = self._reuse(len(tokens), limit, used, lease.match, colder)
             fixed = None
             if encoding is not None:
                 fixed, known = self._encoded(space, encoding, lease)
@@ -194,7 +207,9 @@ class Prefiller:
         assert isinstance(found.snapshot, Snapshot)
         return found.position, found.snapshot
 
-    def _reuse(self, tokens: int, limit: int, used: int, match: Match) -> Reuse:
+    def _reuse(
+        self, tokens: int, limit: int, used: int, match: Match, colder: dict[str, int]
+    ) -> Reuse:
         found = match.tokens
         reason = str(match.reason.value)
         if used < found - found % self.unit:
@@ -202,7 +217,7 @@ class Prefiller:
         elif used < found:
             reason = f"rounded down to a border of {self.unit} tokens"
         divergence = None if found >= limit else found
-        return Reuse(tokens, used, {"device": used} if used else {}, divergence, reason)
+        return Reuse(tokens, used, _by_tier(used, colder), divergence, reason)
 
     # -- filling
 
@@ -276,6 +291,8 @@ class Prefiller:
             tokens = tokens[: carried.length - carried.length % self.unit]
         stored = self.store_tokens(row.space, carried, 0, tokens, **labels)
         self._keep(row, stored)
+        if self.carrier.snapshots:
+            self._offer(row.space, tokens[:stored])
         if stored > carried.held(0):
             self._rebase(row, stored)
         return stored
@@ -306,7 +323,15 @@ class Prefiller:
         def blocks(first: int, count: int) -> list[tuple[Any, ...]]:
             return carried.blocks(row, first - held // size, count)
 
-        return self.store.publish(space.name, tokens, blocks, **labels).tokens  # type: ignore[arg-type]
+        stored = self.store.publish(space.name, tokens, blocks, **labels).tokens  # type: ignore[arg-type]
+        if not self.carrier.snapshots:
+            self._offer(space, tokens[:stored])
+        return stored
+
+    def _offer(self, space: Space, tokens: list[int]) -> None:
+        """Lets colder tiers have what is stored."""
+        if self.tiers is not None and tokens:
+            self.tiers.offer(space.name, tokens)
 
     def _rebase(self, row: Row, stored: int) -> None:
         """Holds what the row stored, and lets it read that from the pool."""
@@ -326,6 +351,14 @@ class Prefiller:
         for lease in row.leases:
             lease.release()
         row.leases.clear()
+
+
+def _by_tier(used: int, colder: dict[str, int]) -> dict[str, int]:
+    """The tokens used by where they were; those used last came from the coldest tier."""
+    counts = {"device": max(0, used - sum(colder.values()))}
+    for kind, tokens in colder.items():
+        counts[kind] = min(tokens, used - sum(counts.values()))
+    return {kind: tokens for kind, tokens in counts.items() if tokens}
 
 
 def _shifted(position: int | None, by: int) -> int | None:

@@ -14,8 +14,13 @@ from chunkcache.attention.groups import Decisions
 from chunkcache.config import Config
 from chunkcache.hf.prefill import Prefiller, Space
 from chunkcache.hf.probe import Proof
+from chunkcache.hf.wire import SnapshotWire
 from chunkcache.kv.store import PrefixStore
+from chunkcache.kv.tiers import Tiers
+from chunkcache.stores.guard import Guard
+from chunkcache.stores.open import open_store
 
+_PATIENCE = 2.0  # seconds that a request waits for a colder tier, at most, at a time
 _KEPT = 16  # states of adapters whose twins are kept
 
 
@@ -34,6 +39,8 @@ class Servings:
     def __init__(self, settings: Config):
         self.settings = settings
         self.store: PrefixStore | None = None
+        self.tiers: Tiers | None = None
+        self.guards = [Guard(open_store(name), _PATIENCE) for name in settings.stores]
         self.decisions = Decisions()
         self._known: OrderedDict[Hashable, Serving] = OrderedDict()
         self._snapshots: bool | None = None  # of the store; None if it is to be made anew
@@ -70,6 +77,7 @@ class Servings:
             proof.limit,
             proof.avoid,
             lambda: current(serving),  # asked when it is there
+            self.tiers,
         )
         serving = Serving(proof, prefiller, space(proof, prefiller))
         self._known[proof.adapters] = serving
@@ -87,7 +95,16 @@ class Servings:
             part = settings.snapshot_budget if snapshots else 0
             store = PrefixStore(layout, settings.budget - part, settings.policy, part)
             self.store, self._snapshots = store, snapshots
+            self.tiers = self._tiers(store, proof)
         return store
+
+    def _tiers(self, store: PrefixStore, proof: Proof) -> Tiers | None:
+        """The colder tiers; what an encoder's input leaves stays on the device."""
+        if not self.guards or proof.tier == "E":
+            return None
+        carrier = proof.carrier
+        states = SnapshotWire(carrier.layout.device) if carrier.snapshots else None
+        return Tiers(store, self.guards, states)
 
     def rename(self, space: Callable[[Proof, Prefiller], Space]) -> bool:
         """Gives all their space as the weights are now; says whether any name changed."""
@@ -99,6 +116,15 @@ class Servings:
     def forget(self) -> None:
         """Drops everything: nothing that was proved holds any longer."""
         self._known.clear()
+        if self.tiers is not None:
+            self.tiers.close()
+            self.tiers = None
         if self.store is not None:
             self.store.close()
             self._snapshots = None
+
+    def close(self) -> None:
+        """Drops everything, and closes the colder tiers once they have what was offered."""
+        self.forget()
+        for guard in self.guards:
+            guard.close()

@@ -23,6 +23,7 @@ from chunkcache.hf.probe import Proof, Prover
 from chunkcache.hf.sample import short_inputs
 from chunkcache.hf.serving import Serving, Servings
 from chunkcache.kv.store import PrefixStore
+from chunkcache.kv.tiers import Tiers
 
 
 class ModelState:
@@ -130,6 +131,11 @@ class ModelState:
         return store
 
     @property
+    def tiers(self) -> Tiers | None:
+        """Colder than the store, if there are any."""
+        return self._servings.tiers
+
+    @property
     def decisions(self) -> Decisions:
         """How often rows shared products, and why not."""
         return self._servings.decisions
@@ -146,4 +152,4 @@ class ModelState:
     def close(self) -> None:
         """Drops everything; nothing is stored from now on."""
         self._closed = True
-        self.store.close()
+        self._servings.close()

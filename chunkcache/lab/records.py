@@ -55,6 +55,8 @@ class Stats:
             those the gate left to single rows.
         snapshots, snapshot_bytes: states stored now, of models that need them, and their budget and
             flow, which are apart from those of chunks.
+        stores: values that moved between the device and colder tiers, and calls of each kind of store;
+            empty without any.
         exactness: "bit-exact rows", "bit-exact at borders" or "within tolerance".
         kernel: what computes attention.
     """
@@ -91,6 +93,7 @@ class Stats:
     stored_snapshots: int = 0
     evicted_snapshots: int = 0
     refused_snapshots: int = 0
+    stores: dict[str, Any] = field(default_factory=dict)
 
     @property
     def hit_rate(self) -> float:

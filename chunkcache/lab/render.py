@@ -134,8 +134,26 @@ def _memory(stats: Mapping[str, Any]) -> Table:
             "chunks refused so far": number(stats["refused_chunks"]),
             "running requests": f"{size(stats['tail_bytes'])} of their own",
         }
-        | states,
+        | states
+        | _colder(stats.get("stores", {})),
     )
+
+
+def _colder(stores: Mapping[str, Any]) -> dict[str, str]:
+    """What moved between the device and colder tiers, and which of them are broken now."""
+    if not stores:
+        return {}
+    lines = {
+        "chunks loaded from colder tiers": number(stores["loaded"]),
+        "values written to them": number(stores["saved"]),
+        "damaged values": number(stores["corrupt"]),
+        "prefixes not written (queue full)": number(stores["dropped"]),
+    }
+    for kind, calls in stores.items():
+        if isinstance(calls, Mapping) and calls["failures"]:
+            state = ", left alone now" if calls["open"] else ""
+            lines[f"failed calls of {kind}"] = f"{number(calls['failures'])}{state}"
+    return lines
 
 
 def tree(rows: Sequence[Mapping[str, Any]]) -> RenderableType:

@@ -96,6 +96,7 @@ class _Server:
             yield
         finally:
             await run_in_threadpool(self._runner.close)
+            await run_in_threadpool(self._cached.settle)
 
     def routes(self) -> list[Route]:
         """Every path."""

@@ -55,7 +55,6 @@ def test_as_a_module() -> None:
         ["serve"],
         ["serve", "demo", "--mode", "magic"],
         ["serve", "demo", "--port", "99999"],
-        ["serve", "demo", "--store", "disk:x"],
         ["serve", "demo", "--preload", "no-such-file.toml"],
         ["demo", "--users", "0"],
         ["verify"],

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -22,24 +24,30 @@ KEY = "sesame"
 SHOP = make_shop(HELD_OUT_SEED, fact_tokens=200)
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, subprocess.Popen]]:
+@contextmanager
+def serving(*options: str) -> Iterator[tuple[str, subprocess.Popen]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    prompts = tmp_path_factory.mktemp("serve") / "prompts.toml"
-    messages = f'[{{role = "system", content = {json.dumps(SHOP.system_prompt)}}}]'
-    prompts.write_text(f'[[prompt]]\nname = "support-bot"\nmessages = {messages}\n')
     command = [sys.executable, "-m", "chunkcache", "serve", "demo", "--port", str(port)]
-    options = ["--chunk-size", "32", "--device-bytes", "32MiB", "--preload", str(prompts)]
+    small = ["--chunk-size", "32", "--device-bytes", "32MiB"]
     environment = os.environ | {"CHUNKCACHE_API_KEY": KEY}
-    with subprocess.Popen(command + options, env=environment) as process:
+    with subprocess.Popen([*command, *small, *options], env=environment) as process:
         url = f"http://127.0.0.1:{port}"
         try:
             _wait(url, process)
             yield url, process
         finally:
             process.kill()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, subprocess.Popen]]:
+    prompts = tmp_path_factory.mktemp("serve") / "prompts.toml"
+    messages = f'[{{role = "system", content = {json.dumps(SHOP.system_prompt)}}}]'
+    prompts.write_text(f'[[prompt]]\nname = "support-bot"\nmessages = {messages}\n')
+    with serving("--preload", str(prompts)) as found:
+        yield found
 
 
 def _wait(url: str, process: subprocess.Popen) -> None:
@@ -89,3 +97,22 @@ def test_a_served_preload_is_reused_and_reported(server: tuple[str, subprocess.P
     assert "401" in refused.stderr
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 0
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT], ids=str)
+def test_a_server_with_a_store_is_warm_after_a_restart(end: signal.Signals, tmp_path: Path) -> None:
+    """Stopped right after its answer: what was to be written is written."""
+    store = ("--store", f"disk:{tmp_path}/store")
+    with serving(*store) as (url, process):
+        first = ask(url, 0)
+        process.send_signal(end)
+        process.wait(30)
+    with serving(*store) as (url, _):
+        second = ask(url, 0)
+        details = second["usage"]["prompt_tokens_details"]
+        assert details["cached_tokens"] > 150
+        assert second["choices"][0]["message"] == first["choices"][0]["message"]
+        stats = json.loads(run("report", url, "--json"))
+        assert stats["stores"]["loaded"] * 32 == details["cached_tokens"]
+        assert stats["stores"]["disk"]["failures"] == 0
+        assert "loaded from colder tiers" in run("report", url)
