@@ -104,7 +104,7 @@ class Servings:
             return None
         carrier = proof.carrier
         states = SnapshotWire(carrier.layout.device) if carrier.snapshots else None
-        return Tiers(store, self.guards, states)
+        return Tiers(store, self.guards, states, _PATIENCE)
 
     def rename(self, space: Callable[[Proof, Prefiller], Space]) -> bool:
         """Gives all their space as the weights are now; says whether any name changed."""

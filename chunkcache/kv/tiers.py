@@ -13,6 +13,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from time import monotonic
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -31,7 +32,7 @@ from chunkcache.kv.pool import PoolRun
 from chunkcache.kv.store import PrefixStore
 from chunkcache.stores.base import Buffer, Key
 from chunkcache.stores.guard import Guard
-from chunkcache.tree import Lease, Snapshot, pack
+from chunkcache.tree import Lease, Snapshot, pack, unpack
 
 _log = logging.getLogger(__name__)
 _BATCH = 16  # values that are read or written together
@@ -52,7 +53,7 @@ class States(Protocol):
 
 class _Path(NamedTuple):
     namespace: bytes
-    tokens: tuple[int, ...]
+    data: bytes  # token ids, packed
 
 
 class Tiers:
@@ -61,21 +62,34 @@ class Tiers:
     Args:
         guards: the stores, fastest first.
         states: of a model that is resumed from snapshots; None for others.
+        patience: seconds after which a request reads no more.
 
     Attributes:
         counts: values `loaded`, `saved`, `corrupt`; paths `dropped` (the queue was full); calls `failed`.
     """
 
-    def __init__(self, store: PrefixStore, guards: Sequence[Guard], states: States | None = None):
+    def __init__(
+        self,
+        store: PrefixStore,
+        guards: Sequence[Guard],
+        states: States | None = None,
+        patience: float = 2.0,
+    ):
         self.store = store
         self.guards = tuple(guards)
         self.states = states
+        self.patience = patience
         self.counts: Counter[str] = Counter()
         self._queue: deque[_Path] = deque()
         self._changed = threading.Condition()
+        self._counting = threading.Lock()
         self._closed = False
         self._busy = False
         self._thread: threading.Thread | None = None
+
+    def _count(self, what: str, number: int = 1) -> None:
+        with self._counting:
+            self.counts[what] += number
 
     # -- reading
 
@@ -105,15 +119,16 @@ class Tiers:
         if state is not None and not self.store.keep(namespace, tokens, end, state[1]):
             return {}
         kept = max(0, stored // size - first)
-        self.counts["loaded"] += kept
+        self._count("loaded", kept)
         return {kind: count * size for kind, count in Counter(kinds[:kept]).items()}
 
     def _chunks(self, wanted: Sequence[Identity]) -> tuple[list[list[KV]], list[str]]:
         """As many chunks as there are without a gap, and the kind of tier of each."""
         chunks: list[list[KV]] = []
         kinds: list[str] = []
+        end = monotonic() + self.patience
         for guard in self.guards:
-            while len(chunks) < len(wanted):
+            while len(chunks) < len(wanted) and monotonic() < end:
                 found = self._decoded(guard, wanted[len(chunks) :])
                 chunks += found
                 kinds += [guard.kind] * len(found)
@@ -136,10 +151,14 @@ class Tiers:
         return chunks
 
     def _state(self, wanted: Sequence[Identity]) -> tuple[Identity, Snapshot] | None:
-        """The deepest state that any tier has of the chunks that are wanted."""
+        """The deepest state that any tier has behind one of the chunks that are wanted."""
         assert self.states is not None
-        for identity in reversed([one.snapshot() for one in wanted]):
-            for guard in self.guards:
+        deepest = [identity.snapshot() for identity in reversed(wanted)]
+        there = [self._exist(guard, deepest) for guard in self.guards]
+        for number, identity in enumerate(deepest):
+            for guard in (
+                guard for guard, known in zip(self.guards, there, strict=True) if known[number]
+            ):
                 (value,) = self._get(guard, [identity])
                 if value is None:
                     continue
@@ -148,6 +167,13 @@ class Tiers:
                 except CorruptValueError as error:
                     self._corrupt(guard, [identity], error)
         return None
+
+    def _exist(self, guard: Guard, batch: Sequence[Identity]) -> Sequence[bool]:
+        try:
+            return guard.exists([identity.key for identity in batch])
+        except StoreError as error:
+            self._failed(error)
+            return [False] * len(batch)
 
     def _get(self, guard: Guard, batch: Sequence[Identity]) -> Sequence[Buffer | None]:
         try:
@@ -158,7 +184,7 @@ class Tiers:
 
     def _corrupt(self, guard: Guard, gone: Sequence[Identity], error: CorruptValueError) -> None:
         """Counts a damaged value and forgets it and others, so that they are written again."""
-        self.counts["corrupt"] += 1
+        self._count("corrupt")
         _log.warning("a value of the %s store is not used: %s", guard.kind, error)
         try:
             guard.delete([identity.key for identity in gone])
@@ -166,21 +192,21 @@ class Tiers:
             self._failed(down)
 
     def _failed(self, error: StoreError) -> None:
-        self.counts["failed"] += 1
+        self._count("failed")
         _log.info("a colder tier is left out: %s", error)
 
     # -- writing
 
     def offer(self, namespace: bytes, tokens: Sequence[int]) -> None:
         """Lets the writer save the chunks of a stored path, some time; never waits."""
-        path = _Path(namespace, tuple(tokens))
+        path = _Path(namespace, pack(tokens))
         with self._changed:
             if self._closed:
                 return
             if any(_covers(waiting, path) for waiting in self._queue):
                 return
             if len(self._queue) >= _QUEUE:
-                self.counts["dropped"] += 1
+                self._count("dropped")
                 return
             self._queue.append(path)
             if self._thread is None:
@@ -201,11 +227,11 @@ class Tiers:
                 path = self._queue.popleft()
                 self._busy = True
             try:
-                self.save(path.namespace, list(path.tokens))
+                self.save(path.namespace, unpack(path.data).tolist())
             except StoreError as error:
                 self._failed(error)
             except Exception:
-                self.counts["failed"] += 1
+                self._count("failed")
                 _log.exception("a stored prefix was not written to colder tiers")
 
     def save(self, namespace: bytes, tokens: list[int]) -> int:
@@ -220,7 +246,7 @@ class Tiers:
             values: Values = {one.key: _Encoding(self._encode, one, lease) for one in path}
             values.update(self._states_of(path, lease))
             written = sum(self._put(guard, values) for guard in self.guards)
-        self.counts["saved"] += written
+        self._count("saved", written)
         return written
 
     def _put(self, guard: Guard, values: Values) -> int:
@@ -285,7 +311,7 @@ class Tiers:
         with self._changed:
             self._closed = True
             if not done:
-                self.counts["dropped"] += len(self._queue)
+                self._count("dropped", len(self._queue))
                 self._queue.clear()
             self._changed.notify_all()
 
@@ -314,8 +340,7 @@ def _stacked(chunks: Sequence[Sequence[KV]]) -> list[KV]:
 
 
 def _covers(waiting: _Path, path: _Path) -> bool:
-    same = waiting.namespace == path.namespace
-    return same and waiting.tokens[: len(path.tokens)] == path.tokens
+    return waiting.namespace == path.namespace and waiting.data.startswith(path.data)
 
 
 def _until(wanted: Sequence[Identity], state: Identity) -> int:

@@ -1,0 +1,191 @@
+"""Chunks between the pool and stores that are slow, hang, lie, or are full."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from chunkcache.errors import StoreFullError
+from chunkcache.kv import ChunkLayout, LayerShape
+from chunkcache.kv.store import PrefixStore
+from chunkcache.kv.tiers import Tiers
+from chunkcache.stores import MemoryStore
+from chunkcache.stores.guard import Guard
+
+LAYOUT = ChunkLayout(
+    (LayerShape(1, 2, 3), LayerShape(1, 4, 4)), 4, torch.float32, torch.device("cpu")
+)
+SPACE = bytes(32)
+TOKENS = list(range(400))
+CHUNKS = len(TOKENS) // LAYOUT.chunk_size
+
+
+class Moody(MemoryStore):
+    """Waits before it answers, and may answer with what lies elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__(2**30)
+        self.wait = 0.0
+        self.lies = False
+        self.full = False
+
+    def get(self, keys):
+        time.sleep(self.wait)
+        found = super().get(keys)
+        return found[1:] + found[:1] if self.lies else found
+
+    def put(self, values):
+        time.sleep(self.wait)
+        if self.full:
+            raise StoreFullError("no room")
+        return super().put(values)
+
+
+class World:
+    """A store of chunks whose numbers tell their place, over a moody tier."""
+
+    def __init__(self, timeout: float = 5.0, patience: float = 5.0):
+        self.moody = Moody()
+        self.guard = Guard(self.moody, timeout)
+        self.tiers = self.fresh(patience)
+
+    def fresh(self, patience: float = 5.0) -> Tiers:
+        store = PrefixStore(LAYOUT, LAYOUT.chunk_bytes * 2 * CHUNKS)
+        return Tiers(store, [self.guard], None, patience)
+
+    def fill(self, tokens: list[int] = TOKENS) -> None:
+        self.tiers.store.publish(SPACE, tokens, blocks)
+
+
+def blocks(first: int, count: int):
+    chunks = LAYOUT.allocate(count)
+    for layer, kv in enumerate(chunks):
+        for part, tensor in enumerate(kv):
+            for number in range(count):
+                tensor[number] = 100 * (first + number) + 10 * layer + part
+    return chunks
+
+
+def assert_right(tiers: Tiers, tokens: int) -> None:
+    match = tiers.store.tree(SPACE).match(TOKENS)
+    assert match.tokens == tokens
+    for piece in match.pieces:
+        first = piece.start // LAYOUT.chunk_size
+        wanted = blocks(first, len(piece.run))
+        for layer in range(len(LAYOUT.layers)):
+            for stored, expected in zip(piece.run.layer(layer), wanted[layer], strict=True):
+                assert torch.equal(stored, expected)
+    tiers.store.check()
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    world = World()
+    world.fill()
+    assert world.tiers.save(SPACE, TOKENS) == CHUNKS
+    yield world
+    world.moody.wait = 0.0
+    world.tiers.close()
+    world.guard.close()
+
+
+def test_what_is_saved_is_loaded(world: World) -> None:
+    again = world.fresh()
+    assert again.load(SPACE, TOKENS, 0, 399) == {"memory": 396}
+    assert_right(again, 396)
+    assert again.load(SPACE, TOKENS, 396, 399) == {}
+    assert again.load(SPACE, TOKENS[:40] + [0] * 40, 40, 79) == {}
+    assert world.tiers.save(SPACE, TOKENS) == 0
+    assert again.counts == {"loaded": 99}
+
+
+def test_a_match_is_continued(world: World) -> None:
+    again = world.fresh()
+    again.store.publish(SPACE, TOKENS[:40], blocks)
+    assert again.load(SPACE, TOKENS, 42, 200) == {"memory": 160}
+    assert_right(again, 200)
+
+
+def test_a_slow_store_costs_no_more_than_the_patience(world: World) -> None:
+    world.moody.wait = 0.2
+    again = world.fresh(patience=0.3)
+    loaded = again.load(SPACE, TOKENS, 0, 399)["memory"]
+    assert loaded in (64, 128), "what came in time is used, and no more is asked for"
+    assert_right(again, loaded)
+
+
+def test_a_store_that_hangs_is_a_miss() -> None:
+    world = World(timeout=0.1)
+    world.fill()
+    world.tiers.save(SPACE, TOKENS)
+    world.moody.wait = 1.0
+    again = world.fresh()
+    for _ in range(20):
+        assert again.load(SPACE, TOKENS, 0, 399) == {}
+    assert world.guard.counts["timeouts"] == 1, "a second call would hang as long"
+    assert again.counts["failed"] == 20
+    world.guard.close()
+
+
+def test_values_of_other_keys_are_not_used(world: World) -> None:
+    world.moody.lies = True
+    again = world.fresh()
+    assert again.load(SPACE, TOKENS, 0, 399) == {}
+    assert again.counts["corrupt"] == 1
+    assert_right(again, 0)
+
+
+def test_a_full_store_is_counted_and_tried_again() -> None:
+    world = World()
+    world.moody.full = True
+    world.fill()
+    world.tiers.offer(SPACE, TOKENS)
+    assert world.tiers.flush(5) and world.tiers.counts["failed"] == 1
+    world.moody.full = False
+    world.tiers.offer(SPACE, TOKENS)
+    assert world.tiers.flush(5) and world.tiers.counts["saved"] == CHUNKS
+    world.tiers.close()
+    world.guard.close()
+
+
+def test_the_queue_is_bounded_and_never_waits() -> None:
+    world = World()
+    world.fill()
+    world.moody.wait = 0.3
+    begin = time.monotonic()
+    for number in range(200):
+        world.tiers.offer(bytes([number]) * 32, TOKENS)
+    world.tiers.offer(bytes([1]) * 32, TOKENS[:8])  # waits there already, as a part of another
+    assert time.monotonic() - begin < 10, "one write after the other would take a minute"
+    assert 130 <= world.tiers.counts["dropped"] <= 136
+    world.moody.wait = 0.0
+    world.tiers.close()
+    world.tiers.offer(SPACE, TOKENS)  # too late, and no error
+    world.guard.close()
+
+
+def test_chunks_that_are_written_cannot_leave_meanwhile() -> None:
+    world = World()
+    world.fill()
+    begun, go_on = threading.Event(), threading.Event()
+    put = world.moody.put
+
+    def slow(values):
+        begun.set()
+        go_on.wait(5)
+        return put(values)
+
+    world.moody.put = slow
+    world.tiers.offer(SPACE, TOKENS)
+    assert begun.wait(5)
+    tree = world.tiers.store.tree(SPACE)
+    assert tree.evict(CHUNKS) == 0 and tree.clear() == 0
+    go_on.set()
+    assert world.tiers.flush(5) and world.tiers.counts["saved"] == CHUNKS
+    assert tree.evict(CHUNKS) == CHUNKS
+    world.tiers.close()
+    world.guard.close()
