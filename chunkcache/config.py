@@ -118,6 +118,8 @@ class Config:
             raise ConfigError(
                 f"border ({self.border}) must be a multiple of chunk_size ({self.chunk_size})"
             )
+        if isinstance(self.stores, str) or not all(isinstance(name, str) for name in self.stores):
+            raise ConfigError(f"stores is {self.stores!r}; it must be a list of names")
         object.__setattr__(self, "stores", tuple(self.stores))
         object.__setattr__(self, "device_bytes", parse_bytes(self.device_bytes))
         if self.snapshot_bytes is not None:

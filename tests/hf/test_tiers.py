@@ -158,6 +158,9 @@ def test_a_store_that_dies_costs_nothing_but_its_hits(server: Server) -> None:
 
 def test_names_of_stores_are_checked(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    for wrong in ("disk:x", [3]):
+        with pytest.raises(ConfigError, match="list of names"):
+            chunkcache.Config(stores=wrong)
     with pytest.raises(ConfigError, match="is no store"):
         wrap(zoo_model("llama"), "tape:0")
     with pytest.raises(StoreDownError, match="cannot be used"):
