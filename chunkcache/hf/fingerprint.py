@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
 
+from chunkcache import __version__
 from chunkcache.errors import ModelChangedError
 from chunkcache.hf.plain import modules_of
 from chunkcache.hf.settings import HOLDERS, PLAIN, VOLATILE, freeze
@@ -108,6 +109,7 @@ def namespace(
         "config": config,
         "settings": settings,
         "arithmetic": arithmetic(model.device),
+        "chunkcache": __version__,  # what another version stored may be other numbers
         "tenant": tenant,
     }
     text = json.dumps(facts, sort_keys=True, default=str).encode()

@@ -98,6 +98,10 @@ class Tiers:
 
         Returns the tokens that came from each kind of tier. Nothing is raised for what stores do.
         """
+        with self.store.hold(namespace, tokens, have) as held:  # it is what the rest is laid behind
+            return self._load(namespace, tokens, held.tokens, limit)
+
+    def _load(self, namespace: bytes, tokens: list[int], have: int, limit: int) -> dict[str, int]:
         size = self.store.layout.chunk_size
         data = pack(tokens[:limit])
         wanted = identities(namespace, data, size, have // size)
@@ -113,6 +117,7 @@ class Tiers:
         end = (first + len(chunks)) * size
 
         def blocks(at: int, count: int) -> list[KV]:
+            assert at >= first, "what is held cannot be missing"
             return _stacked(chunks[at - first : at - first + count])
 
         stored = self.store.publish(namespace, tokens[:end], blocks).tokens

@@ -20,7 +20,7 @@ from tests.zoo import REFUSED, REUSED, ZOO, build, zoo_model
 CASES = int(os.environ.get("CHUNKCACHE_FUZZ", "20"))  # per architecture
 CHUNK, NEW = 16, 3
 CLOSE = 1e-5  # of logits to the plain model's, in units of the largest
-# What rounding alone does: its plain logits in float32 are this far from those in float64.
+# Its plain logits in float32 are up to 1.9e-5 from those in float64, ours 6.5e-6 in the same case.
 LOOSE = {"gemma4_text": 4e-5}
 
 

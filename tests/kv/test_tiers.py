@@ -32,9 +32,11 @@ class Moody(MemoryStore):
         self.wait = 0.0
         self.lies = False
         self.full = False
+        self.meanwhile = lambda: None
 
     def get(self, keys):
         time.sleep(self.wait)
+        self.meanwhile()
         found = super().get(keys)
         return found[1:] + found[:1] if self.lies else found
 
@@ -107,6 +109,20 @@ def test_a_match_is_continued(world: World) -> None:
     again = world.fresh()
     again.store.publish(SPACE, TOKENS[:40], blocks)
     assert again.load(SPACE, TOKENS, 42, 200) == {"memory": 160}
+    assert_right(again, 200)
+
+
+def test_what_is_there_already_cannot_leave_meanwhile(world: World) -> None:
+    """Else chunks would be laid down in the wrong places."""
+    again = world.fresh()
+    again.store.publish(SPACE, TOKENS[:40], blocks)
+    evicted: list[int] = []
+    world.moody.meanwhile = lambda: evicted.append(again.store.tree(SPACE).evict(CHUNKS))
+    again.load(SPACE, TOKENS, 40, 200)
+    assert evicted[0] == 0
+    assert_right(again, 200)
+    again.store.tree(SPACE).evict(CHUNKS)
+    again.load(SPACE, TOKENS, 40, 200)  # gone since it was looked up
     assert_right(again, 200)
 
 
