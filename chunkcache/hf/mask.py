@@ -25,6 +25,7 @@ from transformers.masking_utils import (
 from chunkcache.errors import UnsupportedModelError
 
 _PARTS = (torch.Tensor.__getitem__, torch.Tensor.to)  # what of it has the same rule
+_READS = (torch.Tensor.item, torch.Tensor.equal, torch.equal, torch.allclose)  # give no tensor
 
 
 class RuleMask(torch.Tensor):
@@ -51,11 +52,12 @@ class RuleMask(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Properties are those of a mask; anything that needs its numbers has none."""
-        if func in _PARTS:
+        if func in _PARTS and isinstance(args[0], cls):
             return args[0]
         with torch._C.DisableTorchFunctionSubclass():
             found = func(*args, **kwargs or {})
-        if isinstance(found, torch.Tensor):
+        shape = isinstance(found, torch.Size)
+        if func in _READS or (isinstance(found, (torch.Tensor, tuple, list)) and not shape):
             raise UnsupportedModelError("this model", "it computes with its attention mask")
         return found
 

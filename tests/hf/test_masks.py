@@ -53,6 +53,11 @@ def test_a_rule_looks_like_a_mask_and_has_no_numbers() -> None:
         lambda: mask.float(),
         lambda: torch.zeros(1, 1, 3, 5).masked_fill(mask, 1),
         lambda: torch.cat([mask, mask]),
+        lambda: torch.zeros(1, 1, 3, 5)[mask],
+        lambda: torch.zeros(2).to(mask),
+        lambda: mask.unbind(0),
+        lambda: mask.tolist(),
+        lambda: torch.equal(mask, torch.ones(1, 1, 3, 5, dtype=torch.bool)),
     ):
         with pytest.raises(UnsupportedModelError, match="computes with its attention mask"):
             compute()
