@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors import SafetensorError, deserialize
+from safetensors.torch import save
 
 from chunkcache.errors import CorruptValueError
 from chunkcache.kv.layout import KV, ChunkLayout
@@ -30,6 +30,14 @@ _DIGEST = 16  # bytes of a name
 _TOKENS, _FACTS = "tokens", "chunkcache"  # names in the container
 _PACKED = "zstd, bytes of numbers apart"
 _LEVEL = 1
+_deserialize: Any = deserialize  # which says nothing of its types
+_STATE = ".state"  # behind the names of snapshots
+_TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 
 
 class Identity(NamedTuple):
@@ -48,7 +56,12 @@ class Identity(NamedTuple):
 
     def snapshot(self) -> Identity:
         """Of the state behind the chunk."""
-        return self._replace(key=Key(self.key.group, f"{self.key.name}.state"))
+        return self._replace(key=Key(self.key.group, f"{self.key.name}{_STATE}"))
+
+    @property
+    def is_snapshot(self) -> bool:
+        """Whether it is of a state, not of a chunk."""
+        return self.key.name.endswith(_STATE)
 
 
 def identities(namespace: bytes, data: bytes, chunk_size: int, first: int = 0) -> list[Identity]:
@@ -62,13 +75,17 @@ def identities(namespace: bytes, data: bytes, chunk_size: int, first: int = 0) -
     for start in range(0, len(data) - size + 1, size):
         part = data[start : start + size]
         parent = name
-        digest = hashlib.blake2b(digest_size=_DIGEST, key=namespace[:64])
-        digest.update(bytes.fromhex(parent))
-        digest.update(part)
-        name = digest.hexdigest()
+        name = _name(namespace, parent, part)
         group = group or name
         found.append(Identity(namespace, Key(group, name), parent, start // TOKEN_BYTES, part))
     return found[first:]
+
+
+def _name(namespace: bytes, parent: str, data: bytes) -> str:
+    digest = hashlib.blake2b(digest_size=_DIGEST, key=namespace[:64])
+    digest.update(bytes.fromhex(parent))
+    digest.update(data)
+    return digest.hexdigest()
 
 
 def encode_chunk(
@@ -149,39 +166,70 @@ def _encode(
     return save(parts, {_FACTS: _text(facts | {"seal": _seal(facts)})})
 
 
+def inspect(value: Buffer, key: Key) -> Identity:
+    """What a value says it is of, after everything was checked that needs no prefix to compare with.
+
+    Its name is the digest of what it says, so it is whole, and is what whoever asks for `key` with the
+    right token ids gets.
+
+    Raises:
+        CorruptValueError: it is damaged, of another format, or lies under another's key.
+    """
+    try:
+        facts, parts = _facts(value, key), _deserialize(bytes(value))
+        data = next(bytes(part["data"]) for name, part in parts if name == _TOKENS)
+        namespace = bytes.fromhex(facts["namespace"])
+        found = Identity(namespace, key, facts["parent"], facts["start"], data)
+        wanted = _name(namespace, found.parent, data) + _STATE * found.is_snapshot
+        if key.name != wanted or (not found.parent and not key.name.startswith(key.group)):
+            raise CorruptValueError(f"{key} is of something else")
+    except _UNREADABLE as error:
+        raise CorruptValueError(f"{key} cannot be read: {error}") from error
+    _decode(value, found)
+    return found
+
+
 def _decode(value: Buffer, identity: Identity) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """All tensors but the token ids, and the facts; every field of both was verified."""
+    key = identity.key
     try:
-        facts = _facts(value)
-        if facts.get("format") != FORMAT:
-            raise CorruptValueError(f"{identity.key} is of format {facts.get('format')!r}")
-        if facts.pop("seal", None) != _seal(facts):
-            raise CorruptValueError(f"the metadata of {identity.key} are damaged")
+        facts = _facts(value, key)
         if facts | _describe(identity) != facts:
-            raise CorruptValueError(f"{identity.key} is of something else")
-        tensors = load(bytes(value))
-        if facts["crc"] != {name: _crc(part) for name, part in tensors.items()}:
-            raise CorruptValueError(f"the tensors of {identity.key} are damaged")
-        if bytes(_bytes(tensors.pop(_TOKENS))) != identity.data:
-            raise CorruptValueError(f"{identity.key} is of other token ids")
+            raise CorruptValueError(f"{key} is of something else")
+        parts = dict(_deserialize(bytes(value)))
+        if facts["crc"] != {name: zlib.crc32(part["data"]) for name, part in parts.items()}:
+            raise CorruptValueError(f"the tensors of {key} are damaged")
+        if parts.pop(_TOKENS)["data"] != identity.data:
+            raise CorruptValueError(f"{key} is of other token ids")
+        tensors = {name: _tensor(part) for name, part in parts.items()}
         return _unpacked(tensors, facts), facts
-    except (
-        SafetensorError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-    ) as error:
-        raise CorruptValueError(f"{identity.key} cannot be read: {error}") from error
+    except _UNREADABLE as error:
+        raise CorruptValueError(f"{key} cannot be read: {error}") from error
 
 
-def _facts(value: Buffer) -> dict[str, Any]:
+_UNREADABLE = (
+    SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, StopIteration,
+)  # fmt: skip
+
+
+def _tensor(part: dict[str, Any]) -> torch.Tensor:
+    kind, shape = _TYPES[part["dtype"]], part["shape"]
+    if not part["data"]:
+        return torch.empty(shape, dtype=kind)
+    return torch.frombuffer(part["data"], dtype=kind).view(shape)
+
+
+def _facts(value: Buffer, key: Key) -> dict[str, Any]:
+    """The sealed metadata."""
     size = int.from_bytes(value[:8], "little")
     if not 0 < size <= len(value) - 8:
         raise ValueError("it is cut off")
     header = json.loads(bytes(value[8 : 8 + size]))
     found: dict[str, Any] = dict(json.loads(header["__metadata__"][_FACTS]))
+    if found.get("format") != FORMAT:
+        raise CorruptValueError(f"{key} is of format {found.get('format')!r}")
+    if found.pop("seal", None) != _seal(found):
+        raise CorruptValueError(f"the metadata of {key} are damaged")
     return found
 
 

@@ -19,6 +19,7 @@ from chunkcache.kv.codec import (
     encode_chunk,
     encode_state,
     identities,
+    inspect,
 )
 from chunkcache.kv.rows import RowShape
 from chunkcache.stores import Key
@@ -197,3 +198,30 @@ def test_compression_leaves_what_cannot_be_compressed_little_larger() -> None:
     assert packed < plain + 200
     zeros = torch.zeros(4096)
     assert len(encode_state(identity(), (zeros,), None, True)) < 1200
+
+
+@pytest.mark.parametrize("pack_", PACKS)
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_value_says_what_it_is_of(first: int, pack_: bool) -> None:
+    layout, one = layout_of("attention"), identity(first=first)
+    value = encode_chunk(one, filled(layout), layout, pack_)
+    assert inspect(value, one.key) == one
+    state = encode_state(one.snapshot(), [torch.ones(3)], {"a": 1}, pack_)
+    assert inspect(state, one.snapshot().key) == one.snapshot()
+    other = identity(first=1 - first)
+    for wrong in (other.key, one.snapshot().key, Key("ab", one.key.name + "00")):
+        with pytest.raises(CorruptValueError):
+            inspect(value, wrong)
+
+
+def test_a_flip_of_any_bit_is_found_without_knowing_what_it_is_of() -> None:
+    layout, one = layout_of("attention"), identity()
+    value = encode_chunk(one, filled(layout), layout)
+    for place in range(8 * len(value)):
+        damaged = bytearray(value)
+        damaged[place // 8] ^= 1 << place % 8
+        try:
+            assert inspect(bytes(damaged), one.key) == one
+            assert bits(decode_chunk(bytes(damaged), one, layout)) == bits(filled(layout))
+        except CorruptValueError:
+            continue
