@@ -11,6 +11,7 @@ from chunkcache.hf.carrier import Carried, Carrier, Snapshot, Source
 from chunkcache.hf.encoder import Encoding
 from chunkcache.hf.flights import Flight, Flights
 from chunkcache.kv import PoolRun
+from chunkcache.kv.loader import Loaded
 from chunkcache.kv.store import PrefixStore
 from chunkcache.kv.tiers import Tiers
 from chunkcache.lab.records import Reuse
@@ -36,6 +37,7 @@ class Row:
         stops: positions at which a snapshot of the row is worth its bytes.
         whole: the prompt runs in one piece, and nothing of it is stored.
         taken: snapshots to be stored, by position.
+        runs: whether colder tiers know that it runs.
     """
 
     space: Space
@@ -48,6 +50,7 @@ class Row:
     stops: frozenset[int] = frozenset()
     whole: bool = False
     taken: dict[int, Snapshot] = field(default_factory=dict, repr=False)
+    runs: bool = False
 
     @property
     def length(self) -> int:
@@ -117,17 +120,21 @@ class Prefiller:
             stored = self._found(space, tokens, limit)
             flight = self.flights.wait_or_start(space.name, tokens, stored)
         try:
-            colder = self._load(space, tokens, stored, limit) if encoding is None else {}
-            return self._lease(space, tokens, limit, flight, encoding, colder)
+            colder = self._load(space, tokens, stored, limit) if encoding is None else Loaded()
+            row = self._lease(space, tokens, limit, flight, encoding, colder)
         except BaseException:
             self.flights.land(flight)
             raise
+        if self.tiers is not None:
+            self.tiers.begin()
+            row.runs = True
+        return row
 
-    def _load(self, space: Space, tokens: list[int], stored: int, limit: int) -> dict[str, int]:
-        """Brings from colder tiers what is not stored here; the tokens that came, by kind of tier."""
+    def _load(self, space: Space, tokens: list[int], stored: int, limit: int) -> Loaded:
+        """Brings from colder tiers what is not stored here."""
         limit -= limit % self.unit
         if self.tiers is None or limit - stored < self.unit or not self.may_store(space):
-            return {}
+            return Loaded()
         return self.tiers.load(space.name, tokens, stored, limit)
 
     def _found(self, space: Space, tokens: list[int], limit: int) -> int:
@@ -178,7 +185,7 @@ class Prefiller:
         limit: int,
         flight: Flight,
         encoding: Encoding | None,
-        colder: dict[str, int],
+        colder: Loaded,
     ) -> Row:
         lease = self.store.lease(space.name, tokens, limit)
         try:
@@ -192,6 +199,8 @@ class Prefiller:
                 reuse = _with_encoder(reuse, encoding.tokens, known)
             source = Source(tokens[:used], _runs(lease.pieces), snapshot, fixed)
             carried = self.carrier.open(source)
+            if self.tiers is not None and used:
+                self.tiers.used(space.name, tokens[:used], lease.match.node.hits)
             names = _names(lease.match)
         except BaseException:
             lease.release()
@@ -207,17 +216,17 @@ class Prefiller:
         assert isinstance(found.snapshot, Snapshot)
         return found.position, found.snapshot
 
-    def _reuse(
-        self, tokens: int, limit: int, used: int, match: Match, colder: dict[str, int]
-    ) -> Reuse:
+    def _reuse(self, tokens: int, limit: int, used: int, match: Match, colder: Loaded) -> Reuse:
         found = match.tokens
         reason = str(match.reason.value)
         if used < found - found % self.unit:
             reason = "stored behind the last snapshot"
         elif used < found:
             reason = f"rounded down to a border of {self.unit} tokens"
+        elif colder.reason and found < limit - limit % self.unit:
+            reason = colder.reason
         divergence = None if found >= limit else found
-        return Reuse(tokens, used, _by_tier(used, colder), divergence, reason)
+        return Reuse(tokens, used, _by_tier(used, colder.tokens), divergence, reason)
 
     # -- filling
 
@@ -292,7 +301,7 @@ class Prefiller:
         stored = self.store_tokens(row.space, carried, 0, tokens, **labels)
         self._keep(row, stored)
         if self.carrier.snapshots:
-            self._offer(row.space, tokens[:stored])
+            self._offer(row.space, tokens[:stored], labels.get("name"))
         if stored > carried.held(0):
             self._rebase(row, stored)
         return stored
@@ -325,13 +334,13 @@ class Prefiller:
 
         stored = self.store.publish(space.name, tokens, blocks, **labels).tokens  # type: ignore[arg-type]
         if not self.carrier.snapshots:
-            self._offer(space, tokens[:stored])
+            self._offer(space, tokens[:stored], labels.get("name"))
         return stored
 
-    def _offer(self, space: Space, tokens: list[int]) -> None:
+    def _offer(self, space: Space, tokens: list[int], name: object) -> None:
         """Lets colder tiers have what is stored."""
         if self.tiers is not None and tokens:
-            self.tiers.offer(space.name, tokens)
+            self.tiers.offer(space.name, tokens, name if isinstance(name, str) else None)
 
     def _rebase(self, row: Row, stored: int) -> None:
         """Holds what the row stored, and lets it read that from the pool."""
@@ -351,6 +360,9 @@ class Prefiller:
         for lease in row.leases:
             lease.release()
         row.leases.clear()
+        if row.runs and self.tiers is not None:
+            self.tiers.end()
+            row.runs = False
 
 
 def _by_tier(used: int, colder: dict[str, int]) -> dict[str, int]:

@@ -7,20 +7,29 @@ for a state that was forgotten is found again when it comes back.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
 
 from chunkcache.attention.groups import Decisions
 from chunkcache.config import Config
+from chunkcache.hf.carrier import Source
 from chunkcache.hf.prefill import Prefiller, Space
 from chunkcache.hf.probe import Proof
 from chunkcache.hf.wire import SnapshotWire
 from chunkcache.kv.store import PrefixStore
+from chunkcache.kv.tier import Tier
 from chunkcache.kv.tiers import Tiers
+from chunkcache.stores import MemoryStore
 from chunkcache.stores.guard import Guard
-from chunkcache.stores.open import open_store
+from chunkcache.stores.open import open_store, read_admission
 
 _PATIENCE = 2.0  # seconds that a request waits for a colder tier, at most, at a time
+_TRIES = 3
 _KEPT = 16  # states of adapters whose twins are kept
 
 
@@ -36,11 +45,11 @@ class Serving:
 class Servings:
     """All of one wrapper, over one store. Not thread-safe."""
 
-    def __init__(self, settings: Config):
+    def __init__(self, settings: Config, device: torch.device):
         self.settings = settings
         self.store: PrefixStore | None = None
         self.tiers: Tiers | None = None
-        self.guards = [Guard(open_store(name), _PATIENCE) for name in settings.stores]
+        self.colder = _colder(settings.stores, device)
         self.decisions = Decisions()
         self._known: OrderedDict[Hashable, Serving] = OrderedDict()
         self._snapshots: bool | None = None  # of the store; None if it is to be made anew
@@ -100,11 +109,18 @@ class Servings:
 
     def _tiers(self, store: PrefixStore, proof: Proof) -> Tiers | None:
         """The colder tiers; what an encoder's input leaves stays on the device."""
-        if not self.guards or proof.tier == "E":
+        if not self.colder or proof.tier == "E":
             return None
         carrier = proof.carrier
         states = SnapshotWire(carrier.layout.device) if carrier.snapshots else None
-        return Tiers(store, self.guards, states, _PATIENCE)
+        tiers = Tiers(store, self.colder, states, _PATIENCE, _about(proof))
+        tiers.measure(_chunk_seconds(proof))
+        return tiers
+
+    @property
+    def guards(self) -> list[Guard]:
+        """Of the colder tiers."""
+        return [tier.guard for tier in self.colder]
 
     def rename(self, space: Callable[[Proof, Prefiller], Space]) -> bool:
         """Gives all their space as the weights are now; says whether any name changed."""
@@ -128,3 +144,57 @@ class Servings:
         self.forget()
         for guard in self.guards:
             guard.close()
+
+
+def _colder(names: Sequence[str], device: torch.device) -> list[Tier]:
+    """The tiers that settings name; two of a kind are told apart by a number."""
+    found: list[Tier] = []
+    for name in names:
+        url, admission = read_admission(name)
+        store = open_store(url)
+        if isinstance(store, MemoryStore) and device.type == "cuda":
+            store = MemoryStore(store.budget, _pinned)
+        number = 1 + sum(tier.guard.kind == store.kind for tier in found)
+        label = store.kind if number == 1 else f"{store.kind}-{number}"
+        found.append(Tier(Guard(store, _PATIENCE), admission, label))
+    return found
+
+
+def _pinned(size: int) -> memoryview:
+    """Memory that a GPU copies from without a detour."""
+    numbers: Any = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+    return memoryview(numbers)
+
+
+def _about(proof: Proof) -> dict[str, Any]:
+    """The model, for people who look at a store."""
+    config, layout = proof.carrier.model.config, proof.carrier.layout
+    return {
+        "model": str(getattr(config, "_name_or_path", "") or config.model_type),
+        "dtype": str(layout.dtype).removeprefix("torch."),
+        "chunk_size": layout.chunk_size,
+        "token_bytes": layout.token_bytes,
+    }
+
+
+def _chunk_seconds(proof: Proof) -> float:
+    """How long it takes to compute a chunk."""
+    carrier = proof.carrier
+    device = carrier.layout.device
+    token = 1 if proof.avoid != 1 else 2
+
+    def run() -> float:
+        carried = carrier.open(Source([]))
+        _wait(device)
+        begin = perf_counter()
+        with torch.no_grad():
+            carrier.forward(carried, [token] * carrier.layout.chunk_size)
+        _wait(device)
+        return perf_counter() - begin
+
+    return median(run() for _ in range(_TRIES))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()

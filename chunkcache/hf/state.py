@@ -45,7 +45,7 @@ class ModelState:
         self._lock = threading.RLock()
         self._epochs = itertools.count()
         self._closed = False
-        self._servings = Servings(settings)
+        self._servings = Servings(settings, model.device)
         self._weights = digest_weights(model)
         self._merged = self._switches.merged()
         self.proof: Proof = self._prove().proof

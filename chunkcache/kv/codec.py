@@ -2,8 +2,8 @@
 
 The container is that of safetensors. Its metadata say what the value is of: format, namespace, the name
 of the chunk before it, position, a CRC of every tensor, and a CRC of the metadata themselves. Tensors
-lie in one canonical order, whatever the layout of the device: keys and values `[kv_heads, tokens,
-dim]`, rows as they are. Token ids are a tensor too, and compared when a value is read: digests only find
+lie in one canonical order, whatever the layout of the device: keys and values `[layers, kv_heads,
+tokens, dim]` of neighbouring layers that are alike, rows as they are. Token ids are a tensor too, and compared when a value is read: digests only find
 candidates. Whoever reads a value says what it must be of; anything else is `CorruptValueError`, and a
 miss. Values of other formats are refused.
 """
@@ -96,12 +96,16 @@ def encode_chunk(
     Args:
         pack: compress what there is to compress; needs zstandard.
     """
-    tensors = {
-        f"{number}.{part}": tensor[0]
-        for number, (layer, kv) in enumerate(zip(layout.layers, layers, strict=True))
-        for part, tensor in enumerate(layer.wire(kv))
-    }
+    tensors: dict[str, torch.Tensor] = {}
+    for run in layout.alike:
+        wires = [layout.layers[number].wire(layers[number]) for number in run]
+        for part, tensors_ in enumerate(zip(*wires, strict=True)):
+            tensors[_part(run, part)] = torch.cat(tensors_)
     return _encode(identity, tensors, {}, pack)
+
+
+def _part(run: range, part: int) -> str:
+    return f"layers {run.start}-{run.stop - 1}.{part}"
 
 
 def decode_chunk(value: Buffer, identity: Identity, layout: ChunkLayout) -> list[KV]:
@@ -114,13 +118,16 @@ def decode_chunk(value: Buffer, identity: Identity, layout: ChunkLayout) -> list
     """
     tensors, _ = _decode(value, identity)
     found: list[KV] = []
-    for number, layer in enumerate(layout.layers):
-        wanted = layer.wire(layout.outline(number))
-        parts = [tensors.pop(f"{number}.{part}", None) for part in range(len(wanted))]
-        for part, outline in zip(parts, wanted, strict=True):
-            if part is None or part.shape != outline.shape[1:] or part.dtype != outline.dtype:
-                raise CorruptValueError(f"layer {number} of {identity.key} has other tensors")
-        found.append(layer.wire(tuple(part[None] for part in parts if part is not None)))
+    for run in layout.alike:
+        layer, outline = layout.layers[run.start], layout.outline(run.start)
+        parts = []
+        for number, wanted in enumerate(layer.wire(outline)):
+            part = tensors.pop(_part(run, number), None)
+            shape = (len(run), *wanted.shape[1:])
+            if part is None or part.shape != shape or part.dtype != wanted.dtype:
+                raise CorruptValueError(f"{identity.key} has other tensors than its model")
+            parts.append(torch.split(part, 1))
+        found += [layer.wire(kv) for kv in zip(*parts, strict=True)]
     if tensors:
         raise CorruptValueError(f"{identity.key} has tensors of more layers")
     return found

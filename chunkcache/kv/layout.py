@@ -115,6 +115,12 @@ class ChunkLayout:
         return self._outlines[layer]
 
     @cached_property
+    def alike(self) -> tuple[range, ...]:
+        """All layers, as the longest runs of neighbours that keep the same."""
+        starts = [n for n, one in enumerate(self.layers) if not n or one != self.layers[n - 1]]
+        return tuple(map(range, starts, [*starts[1:], len(self.layers)]))
+
+    @cached_property
     def _outlines(self) -> list[KV]:
         meta = torch.device("meta")
         return [layer.allocate(1, self.chunk_size, self.dtype, meta) for layer in self.layers]

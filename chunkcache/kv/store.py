@@ -35,6 +35,7 @@ from chunkcache.tree import (
 )
 
 Blocks = Callable[[int, int], list[KV]]
+Fill = Callable[[int, PoolRun], None]
 _POLICIES: dict[str, type[Policy]] = {"lru": LRU, "lfu": LFU}
 _EMPTIED = 16  # empty trees that are kept to explain misses
 
@@ -144,16 +145,33 @@ class PrefixStore:
         Under pressure the least valuable unleased chunks leave; if none may, what fits is stored.
         """
 
+        def fill(first: int, run: PoolRun) -> None:
+            layers = range(len(self.layout.layers))
+            for layer, block in zip(layers, blocks(first, len(run)), strict=True):
+                for stored, computed in zip(run.layer(layer), block, strict=True):
+                    stored.copy_(computed)
+
+        return self.lay(namespace, tokens, fill, name=name, pin=pin, ttl=ttl)
+
+    def lay(
+        self,
+        namespace: bytes,
+        tokens: list[int],
+        fill: Fill,
+        *,
+        name: str | None = None,
+        pin: bool = False,
+        ttl: float | None = None,
+    ) -> Inserted:
+        """As `publish`; `fill(first, run)` writes chunks `first` and on of the sequence into a run."""
+
         def make_run(first: int, count: int) -> PoolRun | None:
             run = self._room(count)
             if run is None:
                 self.flow.refused += count
                 return None
             try:
-                layers = range(len(self.layout.layers))
-                for layer, block in zip(layers, blocks(first, len(run)), strict=True):
-                    for stored, computed in zip(run.layer(layer), block, strict=True):
-                        stored.copy_(computed)
+                fill(first, run)
             except BaseException:  # a device out of memory, say: no tree knows the run yet
                 self.pool.free(run)
                 raise

@@ -18,7 +18,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from typing import TypeVar
 
 from chunkcache.errors import StoreDownError, StoreFullError
-from chunkcache.stores.base import Buffer, Key, Store
+from chunkcache.stores.base import Buffer, Key, Store, StoreStats
 
 _log = logging.getLogger(__name__)
 _THREADS = 4  # calls that run at once; one that hangs keeps its thread
@@ -65,26 +65,38 @@ class Guard:
 
     def get(self, keys: Sequence[Key]) -> list[Buffer | None]:
         """As the store's; raises StoreDownError after the time-out, or at once while open."""
-        return self._call(lambda: self.store.get(keys))
+        return self.begin(keys)()
+
+    def begin(self, keys: Sequence[Key]) -> Callable[[], list[Buffer | None]]:
+        """Starts to read; the result waits for the values, and must be called. Raises as `get`."""
+        return self._start(lambda: self.store.get(keys))
 
     def put(self, values: Sequence[tuple[Key, Buffer]]) -> int:
         """As the store's; StoreFullError does not open the breaker."""
-        return self._call(lambda: self.store.put(values))
+        return self._start(lambda: self.store.put(values))()
 
     def exists(self, keys: Sequence[Key]) -> list[bool]:
         """As the store's."""
-        return self._call(lambda: self.store.exists(keys))
+        return self._start(lambda: self.store.exists(keys))()
 
     def delete(self, keys: Sequence[Key]) -> int:
         """As the store's."""
-        return self._call(lambda: self.store.delete(keys))
+        return self._start(lambda: self.store.delete(keys))()
 
-    def _call(self, work: Callable[[], Result]) -> Result:
+    def stats(self) -> StoreStats:
+        """As the store's."""
+        return self._start(self.store.stats)()
+
+    def _start(self, work: Callable[[], Result]) -> Callable[[], Result]:
         self._enter()
         future: Future[Result] = Future()
+        end = time.monotonic() + self.timeout
         self._jobs.put((future, work))  # type: ignore[arg-type]
+        return lambda: self._finish(future, end)
+
+    def _finish(self, future: Future[Result], end: float) -> Result:
         try:
-            result = future.result(self.timeout)
+            result = future.result(max(0.0, end - time.monotonic()))
         except FutureTimeout:
             self.counts["timeouts"] += 1
             self._leave(worked=False)

@@ -1,0 +1,334 @@
+"""From the pool to colder tiers, behind the requests.
+
+Paths wait in a bounded queue for one thread; the hottest goes first, and the coldest is dropped when the
+queue is full. While requests run, the thread works a small part of the time. Chunks are held by a lease
+as long as they are read. Every tier that a path belongs in gets it: so a tier never has a chunk whose
+parent only a slower one has, and what leaves a faster tier need not be moved.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from time import monotonic
+from typing import Any
+
+from chunkcache.errors import StoreError
+from chunkcache.kv.codec import Identity, encode_chunk, encode_state, identities
+from chunkcache.kv.loader import Count, States
+from chunkcache.kv.notes import encode_note, model_key, prompt_key
+from chunkcache.kv.pool import PoolRun
+from chunkcache.kv.store import PrefixStore
+from chunkcache.kv.tier import Tier, batch_of
+from chunkcache.stores.base import Key
+from chunkcache.tree import Lease, unpack
+
+_log = logging.getLogger(__name__)
+_QUEUE = 64  # paths that wait
+_PART = 50  # while requests run, one part in so many of the time is spent here
+_AGAIN = 60.0  # seconds after which a path that is used again and again is looked at again
+_REMEMBERED = 4096  # paths
+_DRAIN = 5.0  # seconds that close() gives
+Encode = Callable[[bool], bytes]  # compressed or not
+
+
+@dataclass(frozen=True)
+class Path:
+    """What is to be written.
+
+    Attributes:
+        data: token ids, packed; hits: how often its end was reused; name: of the prompt.
+    """
+
+    namespace: bytes
+    data: bytes = field(repr=False)
+    hits: int = 0
+    name: str | None = None
+
+    @property
+    def rank(self) -> tuple[bool, int]:
+        """Greater ones are written first."""
+        return self.name is not None, self.hits
+
+    def covers(self, other: Path) -> bool:
+        """Whether writing this one writes the other too."""
+        same = self.namespace == other.namespace and other.name in (None, self.name)
+        return same and self.data.startswith(other.data)
+
+
+class Writer:
+    """See the module. Thread-safe.
+
+    Args:
+        count: adds to sums by name.
+        about: what the note on a namespace says.
+    """
+
+    def __init__(
+        self,
+        store: PrefixStore,
+        tiers: Sequence[Tier],
+        states: States | None,
+        count: Count,
+        about: dict[str, Any],
+    ):
+        self.store = store
+        self.tiers = tiers
+        self.states = states
+        self.about = about
+        self._count = count
+        self._queue: list[Path] = []
+        self._changed = threading.Condition()
+        self._seen: OrderedDict[int, float] = OrderedDict()
+        self._closed = self._busy = False
+        self._running = 0  # requests
+        self._waiting = 0  # who waits until all is written
+        self._thread: threading.Thread | None = None
+
+    # -- by requests
+
+    def begin(self) -> None:
+        """A request runs."""
+        with self._changed:
+            self._running += 1
+
+    def end(self) -> None:
+        """It does not any more."""
+        with self._changed:
+            self._running -= 1
+            if not self._running:
+                self._changed.notify_all()
+
+    def offer(self, path: Path) -> None:
+        """Takes a path with new chunks, if there is room; never waits."""
+        with self._changed:
+            if self._closed or any(waiting.covers(path) for waiting in self._queue):
+                return
+            self._queue = [one for one in self._queue if not path.covers(one)]
+            self._queue.append(path)
+            if len(self._queue) > _QUEUE:
+                self._queue.remove(min(self._queue, key=lambda one: one.rank))
+                self._count("dropped", 1)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="write-behind", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def used(self, path: Path) -> None:
+        """Takes a path that was reused, now and then: tiers keep what is used, or lack it."""
+        key, now = hash((path.namespace, path.data)), monotonic()
+        with self._changed:
+            last = self._seen.get(key)
+            if last is not None and now - last < _AGAIN:
+                return
+            self._seen[key] = now
+            self._seen.move_to_end(key)
+            if len(self._seen) > _REMEMBERED:
+                self._seen.popitem(last=False)
+        self.offer(path)
+
+    # -- the thread
+
+    def _work(self) -> None:
+        while (path := self._next()) is not None:
+            try:
+                self.save(path)
+            except Exception:
+                self._count("failed", 1)
+                _log.exception("a stored prefix was not written to colder tiers")
+
+    def _next(self) -> Path | None:
+        with self._changed:
+            self._busy = False
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._queue or self._closed)
+            if not self._queue:
+                return None
+            path = max(self._queue, key=lambda one: one.rank)
+            self._queue.remove(path)
+            self._busy = True
+            return path
+
+    def _pause(self, worked: float) -> None:
+        """Leaves the machine to requests, if any run and nobody waits for this."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: not self._running or self._waiting or self._closed, worked * (_PART - 1)
+            )
+
+    def save(self, path: Path) -> int:
+        """Writes what is stored of a path to the tiers that lack it; returns the values written.
+
+        A tier that fails gets no more of this path, and lacks only its end.
+        """
+        saving = _Save(self, path)
+        written = 0
+        while saving.left:
+            begin = monotonic()
+            written += saving.step()
+            self._pause(monotonic() - begin)
+        written += saving.finish()
+        self._count("saved", written)
+        return written
+
+    def failed(self, error: StoreError) -> None:
+        """Counts a tier that takes nothing now."""
+        self._count("failed", 1)
+        _log.info("a colder tier is left out: %s", error)
+
+    # -- its end
+
+    def flush(self, timeout: float) -> bool:
+        """Waits until what was offered is written, as fast as it goes; whether it was."""
+        with self._changed:
+            self._waiting += 1
+            self._changed.notify_all()
+            try:
+                return self._changed.wait_for(lambda: not self._queue and not self._busy, timeout)
+            finally:
+                self._waiting -= 1
+
+    def close(self) -> None:
+        """Takes no more, and gives the thread a while to finish."""
+        done = self.flush(_DRAIN)
+        with self._changed:
+            self._closed = True
+            if not done:
+                self._count("dropped", len(self._queue))
+                self._queue.clear()
+            self._changed.notify_all()
+
+
+class _Save:
+    """One path on its way."""
+
+    def __init__(self, writer: Writer, path: Path):
+        self.writer = writer
+        self.path = path
+        self.store = writer.store
+        self.layout = writer.store.layout
+        self.tokens: list[int] = unpack(path.data).tolist()
+        self.chain = identities(path.namespace, path.data, self.layout.chunk_size)
+        self.done = 0  # chunks
+        with self._hold(len(self.tokens)) as lease:
+            named = path.name is not None
+            self.ends = {tier: tier.admits(lease.match.node, named) for tier in writer.tiers}
+            self.chain = self.chain[: lease.tokens // self.layout.chunk_size]
+
+    def _hold(self, tokens: int) -> Lease:
+        return self.store.hold(self.path.namespace, self.tokens, tokens)
+
+    @property
+    def left(self) -> bool:
+        """Whether a tier may lack chunks that are stored."""
+        most = max(self.ends.values(), default=0)
+        return self.done < min(len(self.chain), most // self.layout.chunk_size)
+
+    def step(self) -> int:
+        """Writes a batch, parents first; returns the values written."""
+        end = min(len(self.chain), self.done + batch_of(self.layout))
+        with self._hold(end * self.layout.chunk_size) as lease:
+            end = min(end, lease.tokens // self.layout.chunk_size)
+            batch = self.chain[self.done : end]
+            if not batch:  # evicted meanwhile
+                self.chain = self.chain[: self.done]
+                return 0
+            values = {one: _once(partial(self._encode, one, lease)) for one in batch}
+            written = sum(self._put(tier, values) for tier in list(self.ends))
+        self.done = end
+        return written
+
+    def _put(self, tier: Tier, values: dict[Identity, Encode]) -> int:
+        """Gives a tier the values that it admits and lacks."""
+        size = self.layout.chunk_size
+        batch = [one for one in values if one.start + size <= self.ends[tier]]
+        try:
+            there = tier.guard.exists([one.key for one in batch]) if batch else []
+            new = [one for one, known in zip(batch, there, strict=True) if not known]
+            if not new:
+                return 0
+            encoded = [(one.key, values[one](tier.admission.compress)) for one in new]
+            written = tier.guard.put(encoded)
+        except StoreError as error:
+            del self.ends[tier]
+            self.writer.failed(error)
+            return 0
+        tier.count(saved=written)
+        if not new[0].is_snapshot:
+            for one, (_, value) in zip(new, encoded, strict=True):
+                tier.moved(one, len(value))
+        return written
+
+    def _encode(self, identity: Identity, lease: Lease, compress: bool) -> bytes:
+        number = identity.start // self.layout.chunk_size
+        for piece in lease.pieces:
+            run = piece.run
+            assert isinstance(run, PoolRun)
+            if number < len(run):
+                layers = range(len(self.layout.layers))
+                chunk = [
+                    tuple(part[number : number + 1] for part in run.layer(layer))
+                    for layer in layers
+                ]
+                return encode_chunk(identity, chunk, self.layout, compress)
+            number -= len(run)
+        raise AssertionError("the lease ends before the chunk")
+
+    # -- what lies behind chunks
+
+    def finish(self) -> int:
+        """Writes snapshots and notes; returns the snapshots written."""
+        if not self.done:
+            return 0
+        written = 0
+        with self._hold(self.done * self.layout.chunk_size) as lease:
+            for values in self._states(lease):
+                written += sum(self._put(tier, values) for tier in list(self.ends))
+        for tier in list(self.ends):
+            self._note(tier)
+        return written
+
+    def _states(self, lease: Lease) -> list[dict[Identity, Encode]]:
+        """The snapshots on the path, the deepest first."""
+        states, end = self.writer.states, lease.tokens
+        found: list[dict[Identity, Encode]] = []
+        while states is not None and (resume := lease.snapshot(end)) and resume.position:
+            identity = self.chain[resume.position // self.layout.chunk_size - 1].snapshot()
+            try:
+                parts = states.take_apart(resume.snapshot)
+                found.append({identity: _once(partial(encode_state, identity, *parts))})
+            except TypeError as error:
+                _log.info("a snapshot cannot be stored: %s", error)
+            end = resume.position - 1
+        return found
+
+    def _note(self, tier: Tier) -> None:
+        """Says which model this is of, and which prompt."""
+        last = self.chain[self.done - 1]
+        notes: dict[Key, dict[str, Any]] = {model_key(self.path.namespace): self.writer.about}
+        if self.path.name is not None:
+            tokens = self.done * self.layout.chunk_size
+            notes[prompt_key(last)] = {"name": self.path.name, "tokens": tokens}
+        try:
+            there = tier.guard.exists(list(notes))
+            new = [key for key, known in zip(notes, there, strict=True) if not known]
+            if new and self.ends[tier]:
+                tier.guard.put([(key, encode_note(notes[key])) for key in new])
+        except StoreError as error:
+            self.writer.failed(error)
+
+
+def _once(encode: Encode) -> Encode:
+    """Several tiers encode a value once."""
+    known: dict[bool, bytes] = {}
+
+    def value(compress: bool) -> bytes:
+        if compress not in known:
+            known[compress] = encode(compress)
+        return known[compress]
+
+    return value
