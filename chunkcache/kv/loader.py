@@ -2,17 +2,19 @@
 
 Tiers are asked in order, each from where the one before ended. Values are checked, and the first that
 is missing or damaged ends a tier's part. While one batch is checked and laid into the pool, the next one
-is read.
+is read. Both are done by several threads: half of the time goes into memory that is touched for the
+first time.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -26,6 +28,9 @@ from chunkcache.stores.base import Buffer
 from chunkcache.tree import Snapshot, pack
 
 _log = logging.getLogger(__name__)
+_THREADS = 4
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Count = Callable[[str, int], None]
 Values = Sequence[Buffer | None]
 Reading = Callable[[], Values]
@@ -74,6 +79,19 @@ class Loader:
         self.states = states
         self.patience = patience
         self._count = count
+        threads = min(_THREADS, torch.get_num_threads())
+        self._threads = ThreadPoolExecutor(threads, "load") if threads > 1 else None
+
+    def each(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """`work` of every item, in order, by all threads."""
+        if self._threads is None or len(items) < 2:
+            return [work(item) for item in items]
+        return list(self._threads.map(work, items))
+
+    def close(self) -> None:
+        """Ends its threads."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=False)
 
     def load(self, namespace: bytes, tokens: list[int], have: int, limit: int) -> Loaded:
         """Brings chunks of the first `limit` tokens, of which `have` are stored, into the store.
@@ -212,16 +230,23 @@ class _Load:
     def _checked(self, tier: Tier, batch: Sequence[Identity], values: Values) -> list[list[KV]]:
         """Chunks up to the first that is missing or damaged."""
         chunks: list[list[KV]] = []
-        for identity, value in zip(batch, values, strict=True):
-            if value is None:
-                break
+        layout = self.loader.store.layout
+
+        def check(number: int) -> list[KV] | CorruptValueError | None:
+            value = values[number]
             try:
-                chunks.append(decode_chunk(value, identity, self.loader.store.layout))
-            except CorruptValueError as error:  # and nobody gets at what lies behind it
-                gone = self.path[self.at + len(chunks) :]
-                self.loader.corrupt(tier, gone, error, self.result)
+                return None if value is None else decode_chunk(value, batch[number], layout)
+            except CorruptValueError as error:
+                return error
+
+        for number, found in enumerate(self.loader.each(check, range(len(batch)))):
+            if isinstance(found, CorruptValueError):  # and nobody gets at what lies behind it
+                gone = self.path[self.at + number :]
+                self.loader.corrupt(tier, gone, found, self.result)
+            if not isinstance(found, list):
                 break
-            tier.moved(identity, len(value))
+            chunks.append(found)
+            tier.moved(batch[number], len(values[number] or b""))
         return chunks
 
     def _lay(self, tier: Tier, chunks: Sequence[list[KV]]) -> int:
@@ -232,7 +257,14 @@ class _Load:
 
         def fill(at: int, run: PoolRun) -> None:
             assert at >= first, "what is held cannot be missing"
-            _copy(chunks[at - first : at - first + len(run)], run)
+            layers = [run.layer(layer) for layer in range(len(self.loader.store.layout.layers))]
+
+            def copy(number: int) -> None:
+                for stored, read in zip(layers, chunks[at - first + number], strict=True):
+                    for there, here in zip(stored, read, strict=True):
+                        there[number].copy_(here[0])
+
+            self.loader.each(copy, range(len(run)))
 
         self.loader.store.lay(self.namespace, self.tokens[:end], fill)
         self.hold(end)
@@ -262,12 +294,3 @@ class _Load:
                 except CorruptValueError as error:
                     loader.corrupt(tier, [identity], error, self.result)
         return None
-
-
-def _copy(chunks: Sequence[Sequence[KV]], run: PoolRun) -> None:
-    """Into the pool, layer by layer."""
-    for layer, parts in enumerate(zip(*chunks, strict=True)):
-        stored = run.layer(layer)
-        for number, kv in enumerate(parts):
-            for there, here in zip(stored, kv, strict=True):
-                there[number].copy_(here[0])

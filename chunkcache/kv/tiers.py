@@ -107,3 +107,4 @@ class Tiers:
     def close(self) -> None:
         """Gives the writer a while to finish; the stores stay open."""
         self._writer.close()
+        self._loader.close()
