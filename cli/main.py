@@ -13,7 +13,7 @@ import click
 from chunkcache import __version__
 from chunkcache.errors import ChunkcacheError
 
-_COMMANDS = ("serve", "demo", "report", "tree", "verify", "plan")
+_COMMANDS = ("serve", "warm", "demo", "report", "tree", "verify", "plan", "store")
 
 
 class LazyGroup(click.Group):

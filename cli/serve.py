@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .loading import dtype_option, load
+from chunkcache.errors import StoreDownError
+
+from .loading import load
+from .settings import announce, default_store, make_settings, settings_options
+
+if TYPE_CHECKING:
+    from chunkcache import CachedModel, Config
 
 
 @click.command(short_help="Serve MODEL to OpenAI clients.")
@@ -15,18 +22,7 @@ from .loading import dtype_option, load
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
 @click.option("--name", help="What clients call the model; by default the last part of MODEL.")
-@click.option(
-    "--device-bytes", default="2GiB", show_default=True, help="Budget of stored KV, as 512MiB."
-)
-@click.option("--chunk-size", type=click.IntRange(1, 1024), default=64, show_default=True)
-@click.option(
-    "--mode",
-    type=click.Choice(["exact", "fast"]),
-    default="exact",
-    show_default=True,
-    help="exact: the cache never changes an answer, bit for bit.",
-)
-@dtype_option
+@settings_options
 @click.option(
     "--preload",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -42,31 +38,30 @@ from .loading import dtype_option, load
 @click.option(
     "--queue-limit", type=click.IntRange(1), default=64, show_default=True, help="Most waiting."
 )
-@click.option(
-    "--store",
-    "stores",
-    multiple=True,
-    help="A colder tier: disk:DIR or redis://HOST; repeatable, the fastest first.",
-)
+@click.option("--no-store", is_flag=True, help="Keep prefixes in memory only.")
 def command(
-    model: str, dtype: str, preload: Path | None, stores: tuple[str, ...], **o: Any
+    model: str,
+    dtype: str,
+    preload: Path | None,
+    stores: tuple[str, ...],
+    no_store: bool,
+    **o: Any,
 ) -> None:
-    """Serve MODEL to OpenAI clients, reusing the beginnings that prompts share."""
+    """Serve MODEL to OpenAI clients, reusing the beginnings that prompts share.
+
+    What is stored is kept on disk too, so that the next start is warm.
+    """
+    if stores and no_store:
+        raise click.UsageError("--store and --no-store exclude each other")
     from .preloads import read_preloads
 
     prompts = read_preloads(preload) if preload else []
-    from chunkcache import Config, wrap
     from chunkcache.server import serve
 
-    settings = Config(
-        mode=o["mode"],
-        chunk_size=o["chunk_size"],
-        device_bytes=o["device_bytes"],
-        border=_border(o),
-        stores=stores,
-    )
+    settings = make_settings(o, stores if stores or no_store else [default_store()])
     loaded, tokenizer = load(model, dtype)
-    cached = wrap(loaded, tokenizer, settings)
+    cached = _wrap(loaded, tokenizer, settings, chosen=bool(stores))
+    announce(cached.settings.stores)
     for prompt in prompts:
         tokens = cached.preload(prompt.prompt, name=prompt.name, pin=prompt.pin, ttl=prompt.ttl)
         click.echo(f"preloaded {prompt.name}: {tokens:,} tokens", err=True)
@@ -80,7 +75,14 @@ def command(
     )
 
 
-def _border(options: dict[str, Any]) -> int:
-    """The multiple of the chunk size nearest above the default border."""
-    chunk: int = options["chunk_size"]
-    return -(-512 // chunk) * chunk
+def _wrap(loaded: Any, tokenizer: Any, settings: Config, chosen: bool) -> CachedModel:
+    """The wrapped model; without stores if those that nobody chose cannot be used."""
+    from chunkcache import wrap
+
+    try:
+        return wrap(loaded, tokenizer, settings)
+    except StoreDownError as error:
+        if chosen:
+            raise
+        click.echo(f"Warning: prefixes are not kept on disk: {error}", err=True)
+        return wrap(loaded, tokenizer, replace(settings, stores=()))

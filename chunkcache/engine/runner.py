@@ -92,8 +92,11 @@ class Runner:
                 raise ClosedError("the server is shutting down")
             if len(self._waiting) >= self._queue_limit:
                 raise QueueFullError(f"{len(self._waiting)} requests are waiting already")
+            waits = self._running is not None or bool(self._waiting)
             self._waiting.append(job)
             self._changed.notify()
+        if waits:
+            self._cached.prefetch(job.prompts)
 
     def cancel(self, job: Job) -> None:
         """Drop a waiting job, or stop a running one at its next token; its listener hears no more.

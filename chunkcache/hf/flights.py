@@ -42,6 +42,14 @@ class Flights:
             self._landed.wait_for(lambda: other not in self._running)
             return None
 
+    def start_alone(self, namespace: bytes, tokens: list[int], stored: int) -> Flight | None:
+        """As `wait_or_start`, but does not wait: None if another flight is on the way."""
+        with self._landed:
+            if any(self._helps(flight, namespace, tokens, stored) for flight in self._running):
+                return None
+            self._running.append(flight := Flight(namespace, tokens))
+            return flight
+
     def _helps(self, flight: Flight, namespace: bytes, tokens: list[int], stored: int) -> bool:
         if flight.namespace != namespace:
             return False

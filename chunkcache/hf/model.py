@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from chunkcache.errors import (
     UnsupportedRequestError,
 )
 from chunkcache.hf import arguments
+from chunkcache.hf.ahead import Ahead
 from chunkcache.hf.carrier import Carried
 from chunkcache.hf.ledger import Ledger, tree_rows
 from chunkcache.hf.others import Others, answers, is_ids, missed
@@ -88,6 +90,7 @@ class CachedModel:
         self._one_plain = threading.Lock()
         self._ledger = Ledger()
         self._state = ModelState(model, settings)
+        self._ahead = Ahead()
 
     @property
     def store(self) -> PrefixStore:
@@ -192,6 +195,7 @@ class CachedModel:
         """The rows of a request, filled as far as the request's shape allows; given back at the end."""
         space, prefiller = serving.space, serving.prefiller
         rows: list[Row] = []
+        self.prefetch(request.rows[1:])
         try:
             for tokens, encoding in zip(request.rows, request.encodings, strict=True):
                 row = prefiller.open(space, tokens, encoding=encoding)
@@ -351,6 +355,20 @@ class CachedModel:
             return list(self.tokenizer(prompt)["input_ids"])
         return list(self.tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=False))
 
+    def prefetch(self, prompts: Sequence[list[int]]) -> None:
+        """Begins to bring what colder tiers have of prompts that will run soon; returns at once.
+
+        Args:
+            prompts: token ids.
+        """
+        if self._state.tiers is not None and not self._encodes:
+            for tokens in prompts:
+                self._ahead.start(partial(self._prefetch, list(tokens)))
+
+    def _prefetch(self, tokens: list[int]) -> None:
+        serving = self._state.serving()
+        serving.prefiller.prefetch(serving.space, tokens)
+
     def flush(self) -> int:
         """Drops everything that no running request holds, pinned or not; returns the chunks freed."""
         return self._state.flush()
@@ -365,6 +383,7 @@ class CachedModel:
 
         Colder tiers get a few seconds to take what they were offered.
         """
+        self._ahead.close()
         self._state.close()
 
     def __enter__(self) -> CachedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -15,7 +16,9 @@ from chunkcache.kv.loader import Loaded
 from chunkcache.kv.store import PrefixStore
 from chunkcache.kv.tiers import Tiers
 from chunkcache.lab.records import Reuse
-from chunkcache.tree import Lease, Match, Node, Piece
+from chunkcache.tree import Lease, Match, Node, Piece, pack
+
+_FETCHED = 256  # prompts that were prepared and not opened yet
 
 
 class Space(NamedTuple):
@@ -94,6 +97,7 @@ class Prefiller:
         whole = carrier.layout.chunk_size if not carrier.reads_in_place else 1
         self.unit = settings.cut if self.aligned else whole
         self.flights = Flights(carrier.layout.chunk_size)
+        self._fetched: OrderedDict[tuple[bytes, bytes], Loaded] = OrderedDict()
 
     @property
     def keeps_steps(self) -> bool:
@@ -120,7 +124,10 @@ class Prefiller:
             stored = self._found(space, tokens, limit)
             flight = self.flights.wait_or_start(space.name, tokens, stored)
         try:
-            colder = self._load(space, tokens, stored, limit) if encoding is None else Loaded()
+            colder = Loaded()
+            if encoding is None:
+                colder = self._load(space, tokens, stored, limit)
+                colder.add(self._fetched.pop((space.name, pack(tokens)), Loaded()))
             row = self._lease(space, tokens, limit, flight, encoding, colder)
         except BaseException:
             self.flights.land(flight)
@@ -136,6 +143,24 @@ class Prefiller:
         if self.tiers is None or limit - stored < self.unit or not self.may_store(space):
             return Loaded()
         return self.tiers.load(space.name, tokens, stored, limit)
+
+    def prefetch(self, space: Space, tokens: list[int]) -> None:
+        """Brings what is known of a prompt that will be opened soon, unless others are at it."""
+        if self.tiers is None or self.unproved(tokens):
+            return
+        limit = len(tokens) - 1
+        stored = self._found(space, tokens, limit)
+        flight = self.flights.start_alone(space.name, tokens, stored)
+        if flight is None:
+            return
+        try:
+            loaded = self._load(space, tokens, stored, limit)
+        finally:
+            self.flights.land(flight)
+        if loaded.tokens:  # its record will tell
+            self._fetched[space.name, pack(tokens)] = loaded
+            if len(self._fetched) > _FETCHED:
+                self._fetched.popitem(last=False)
 
     def _found(self, space: Space, tokens: list[int], limit: int) -> int:
         """Tokens that a lease would let a row start from now."""

@@ -57,6 +57,11 @@ class Loaded:
     tokens: dict[str, int] = field(default_factory=dict)
     reason: str | None = None
 
+    def add(self, other: Loaded) -> None:
+        """Counts what came before for the same prompt."""
+        for name, count in other.tokens.items():
+            self.tokens[name] = self.tokens.get(name, 0) + count
+
 
 class Loader:
     """See the module. Thread-safe.
@@ -246,7 +251,7 @@ class _Load:
             if not isinstance(found, list):
                 break
             chunks.append(found)
-            tier.moved(batch[number], len(values[number] or b""))
+            tier.moved("loaded", batch[number], len(values[number] or b""))
         return chunks
 
     def _lay(self, tier: Tier, chunks: Sequence[list[KV]]) -> int:

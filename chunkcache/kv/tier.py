@@ -18,6 +18,7 @@ from chunkcache.tree import TOKEN_BYTES, Node
 _SAMPLES = 9  # loads whose median counts, so that one that was disturbed does not
 _AGAIN = 32  # of so many loads that seem not to pay, one is done all the same: things change
 _TRIES = 5
+_NEVER = 2**32  # chunks, which no prompt has
 _GRAIN = 0.005  # seconds that are lost in what else a machine does
 _BATCH = 4 * 2**20  # bytes that are read or written together
 _MOST = 64  # values, of small models
@@ -56,7 +57,7 @@ class Pace:
         if self.chunk is None or self.compute is None:
             return 1
         gain = self.compute - self.chunk
-        return None if gain <= 0 else int(self.call / gain) + 1
+        return int(self.call / gain) + 1 if gain * _NEVER > self.call else None
 
     def pays(self, chunks: int) -> bool:
         """Whether up to `chunks` chunks should be read: unless that is clearly slower."""
@@ -73,8 +74,8 @@ class Tier:
 
     Attributes:
         name: unique among the tiers of one model: the kind of the store, and a number behind the second.
-        counts: chunks `loaded`, values `saved`, and of both the `bytes` and `tokens`; loads that were
-            `computed` instead.
+        counts: chunks `loaded` and values `saved`; `loaded_bytes` and `saved_bytes` of chunks, and the
+            `tokens` of both; loads that were `computed` instead.
     """
 
     def __init__(self, guard: Guard, admission: Admission | None = None, name: str = ""):
@@ -105,9 +106,9 @@ class Tier:
             self.count(computed=1)
         return pays
 
-    def moved(self, identity: Identity, size: int) -> None:
-        """Counts a chunk's value on its way in or out."""
-        self.count(bytes=size, tokens=len(identity.data) // TOKEN_BYTES)
+    def moved(self, way: str, identity: Identity, size: int) -> None:
+        """Counts the bytes of a chunk's value that was `loaded` or `saved`."""
+        self.count(**{f"{way}_bytes": size, "tokens": len(identity.data) // TOKEN_BYTES})
 
     def measure(self, layout: ChunkLayout, compute: float) -> None:
         """Finds its pace with a few values of its own, which are deleted again.
@@ -148,11 +149,13 @@ class Tier:
         guard, pace, counts = self.guard, self.pace, self.counts
         calls = {name: guard.counts[name] for name in ("calls", "failures", "timeouts", "skipped")}
         moved = {name: counts[name] for name in ("loaded", "saved", "computed")}
+        moved |= {name: counts[name] for name in ("loaded_bytes", "saved_bytes")}
+        size = counts["loaded_bytes"] + counts["saved_bytes"]
         return {
             **calls,
             **moved,
             "open": guard.open,
-            "token_bytes": counts["bytes"] / counts["tokens"] if counts["tokens"] else None,
+            "token_bytes": size / counts["tokens"] if counts["tokens"] else None,
             "chunk_seconds": pace.chunk,
             "call_seconds": pace.call,
             "compute_seconds": pace.compute,

@@ -260,7 +260,7 @@ class _Save:
         tier.count(saved=written)
         if not new[0].is_snapshot:
             for one, (_, value) in zip(new, encoded, strict=True):
-                tier.moved(one, len(value))
+                tier.moved("saved", one, len(value))
         return written
 
     def _encode(self, identity: Identity, lease: Lease, compress: bool) -> bytes:

@@ -6,11 +6,11 @@ window; a hit-rate gauge would fix the window. Names have no colons: those are f
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from chunkcache.engine import Result, Runner
@@ -18,6 +18,18 @@ from chunkcache.engine import Result, Runner
 if TYPE_CHECKING:
     from chunkcache.hf import CachedModel
 
+_MOVED = {  # sums over all stores
+    "loaded": ("loaded_chunks", "Chunks that colder tiers had"),
+    "saved": ("saved_values", "Values written to colder tiers"),
+    "corrupt": ("corrupt_values", "Damaged values that were found"),
+    "dropped": ("dropped_prefixes", "Prefixes that were not written, because too many waited"),
+}
+_CALLS = {  # of each store
+    "calls": ("calls", "Calls of a store"),
+    "failures": ("failures", "Calls that failed, those that took too long among them"),
+    "timeouts": ("timeouts", "Calls that took too long"),
+    "skipped": ("skipped_calls", "Calls that were not made, because the store had failed"),
+}
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -54,8 +66,8 @@ class Metrics:
             self._requests.labels(outcome)
 
     def watch(self, cached: CachedModel, runner: Runner) -> None:
-        """Read gauges from a model and a runner."""
-        self.registry.register(_Gauges(cached, runner))
+        """Read from a model and a runner what they count themselves."""
+        self.registry.register(_Watched(cached, runner))
 
     def count(self, outcome: str, result: Result | None) -> None:
         """A job has ended."""
@@ -74,7 +86,7 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-class _Gauges(Collector):
+class _Watched(Collector):
     def __init__(self, cached: CachedModel, runner: Runner):
         self._cached = cached
         self._runner = runner
@@ -84,7 +96,7 @@ class _Gauges(Collector):
         return []
 
     def collect(self) -> Iterable[Metric]:
-        """The gauges of this moment."""
+        """The values of this moment."""
         stats = self._cached.stats()
         stored = {
             "device": stats.bytes,
@@ -105,3 +117,27 @@ class _Gauges(Collector):
         }
         for name, (help_text, value) in simple.items():
             yield GaugeMetricFamily(f"chunkcache_{name}", help_text, value=value)
+        yield from tier_metrics(stats.stores)
+
+
+def tier_metrics(report: Mapping[str, Any]) -> Iterator[Metric]:
+    """What moved between the device and colder tiers, and what each store did; nothing without any."""
+    for key, (name, help_text) in _MOVED.items():
+        if key in report:
+            yield CounterMetricFamily(f"chunkcache_store_{name}", help_text, value=report[key])
+    stores = {name: found for name, found in report.items() if isinstance(found, Mapping)}
+    if not stores:
+        return
+    for key, (name, help_text) in _CALLS.items():
+        calls = CounterMetricFamily(f"chunkcache_store_{name}", help_text, labels=["store"])
+        for store, found in stores.items():
+            calls.add_metric([store], found[key])
+        yield calls
+    broken = GaugeMetricFamily(
+        "chunkcache_store_open",
+        "1 while a store that failed is left alone (its breaker is open)",
+        labels=["store"],
+    )
+    for store, found in stores.items():
+        broken.add_metric([store], found["open"])
+    yield broken

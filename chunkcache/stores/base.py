@@ -60,6 +60,7 @@ class StoreStats:
         budget: bytes it may hold; None if it has no limit of its own.
         hits, misses: values that were asked for and were there, or not.
         written, evicted, expired, refused: values; refused ones found no room.
+        policy: how a server makes room, in its own words.
     """
 
     kind: str
@@ -72,6 +73,7 @@ class StoreStats:
     evicted: int = 0
     expired: int = 0
     refused: int = 0
+    policy: str | None = None
 
     def to_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -92,6 +94,10 @@ class Store(ABC):
     def get(self, keys: Sequence[Key]) -> list[Buffer | None]:
         """The value of each key; None for one that is not whole any more. Counts as a use."""
 
+    def peek(self, keys: Sequence[Key]) -> list[Buffer | None]:
+        """As `get`, but no use: who looks at all values would make them all look young."""
+        return self.get(keys)
+
     @abstractmethod
     def put(self, values: Sequence[tuple[Key, Buffer]]) -> int:
         """Keeps values, whole or not at all, and in this order; returns how many are kept now."""
@@ -107,6 +113,14 @@ class Store(ABC):
     @abstractmethod
     def scan(self) -> Iterator[Stored]:
         """All values, in no order; those that come or go meanwhile may be missed."""
+
+    def collect(self, dry: bool = False) -> int:
+        """Drops what expired or is no value's any more; returns how many. May run beside writers.
+
+        Args:
+            dry: only count.
+        """
+        return 0
 
     @abstractmethod
     def stats(self) -> StoreStats:

@@ -17,6 +17,9 @@ from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from threading import Lock
+from typing import Any
+
+import numpy as np
 
 from chunkcache.errors import StoreDownError, StoreFullError
 from chunkcache.stores.base import Buffer, Key, Store, Stored, StoreStats
@@ -101,14 +104,19 @@ class DiskStore(Store):
         self._stats.misses += len(found) - hits
         return found
 
-    def _read(self, name: str) -> Buffer | None:
+    def peek(self, keys: Sequence[Key]) -> list[Buffer | None]:
+        """As the base class says."""
+        return [self._read(str(key), remove=False) for key in keys]
+
+    def _read(self, name: str, remove: bool = True) -> Buffer | None:
         path = self._path(name)
         try:
             if self._expired(path):
-                self._remove([name])
-                self._stats.expired += 1
+                if remove:
+                    self._remove([name])
+                    self._stats.expired += 1
                 return None
-            return path.read_bytes()
+            return _contents(path)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -269,26 +277,35 @@ class DiskStore(Store):
                         continue  # nothing of ours, or gone meanwhile
                     yield entry.name, status.st_size, status.st_mtime
 
-    def collect(self) -> int:
-        """Makes the index agree with the files, and drops what expired; returns the values dropped."""
+    def collect(self, dry: bool = False) -> int:
+        """Drops values that expired, returns how many, and makes the index agree with the files."""
+        if dry:
+            return len(self._old())
         if self._index is None:
             raise StoreFullError(f"{self.folder} is only read")
-        self._clean_up()
-        old = (
-            []
-            if self.ttl is None
-            else [n for n, _, used in self._rows() if time.time() - used > self.ttl]
-        )
-        dropped = self._unlink(old)
-        self._index.rebuild()
+        try:
+            self._clean_up()
+            dropped = self._unlink(self._old())
+            self._index.rebuild()
+        except (OSError, sqlite3.OperationalError) as error:
+            raise StoreFullError(f"{self.folder} cannot be written: {error}") from error
         self._reserve([])
         return dropped
 
+    def _old(self) -> list[str]:
+        """Names of values that expired."""
+        if self.ttl is None:
+            return []
+        return [name for name, _, used in self._rows() if time.time() - used > self.ttl]
+
     def stats(self) -> StoreStats:
-        """As the base class says."""
+        """As the base class says; values and bytes are not known while others write for too long."""
         found = StoreStats(**vars(self._stats))
         if self._index is not None:
-            found.values, found.bytes = self._index.totals()
+            try:
+                found.values, found.bytes = self._index.totals()
+            except sqlite3.OperationalError as error:
+                _log.info("the index of %s does not answer: %s", self.folder, error)
         return found
 
     def close(self) -> None:
@@ -305,6 +322,18 @@ class DiskStore(Store):
 
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
+
+
+def _contents(path: Path) -> memoryview:
+    """Everything in a file; readers need no copy of it to make tensors."""
+    with open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        numbers: Any = np.empty(size, dtype=np.uint8)
+        buffer = memoryview(numbers)
+        read = 0
+        while read < size and (count := file.readinto(buffer[read:])):
+            read += count
+        return buffer[:read]
 
 
 def _write_all(descriptor: int, value: Buffer) -> None:

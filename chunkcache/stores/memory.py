@@ -37,6 +37,12 @@ class MemoryStore(Store):
             self._stats.misses += len(keys) - hits
             return [None if one is None else one[0] for one in found]
 
+    def peek(self, keys: Sequence[Key]) -> list[Buffer | None]:
+        """As the base class says."""
+        with self._lock:
+            found = [self._values.get(key) for key in keys]
+            return [None if one is None else one[0] for one in found]
+
     def _use(self, keys: Sequence[Key]) -> None:
         """The first key was used last, so that a prompt's end leaves before its beginning."""
         for key in reversed(keys):

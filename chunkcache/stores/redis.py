@@ -12,24 +12,15 @@ import hashlib
 import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from itertools import islice
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
 
-import redis
-from redis.backoff import NoBackoff
-from redis.cluster import ClusterNode, RedisCluster
-from redis.exceptions import (
-    OutOfMemoryError,
-    ReadOnlyError,
-    RedisClusterException,
-    RedisError,
-    ResponseError,
-)
-from redis.retry import Retry
-from redis.sentinel import Sentinel
+from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
 
-from chunkcache.errors import ConfigError, StoreDownError, StoreFullError
+from chunkcache.errors import StoreDownError, StoreFullError
 from chunkcache.stores.base import Buffer, Key, Store, Stored, StoreStats
+from chunkcache.stores.redis_url import ERRORS, connect
 
 PART = 512 * 1024  # bytes; redis-py reads longer answers slowly
 _PREFIX = "chunkcache"
@@ -37,7 +28,8 @@ _MAGIC = b"ckr1"
 _HEAD = struct.Struct(">4sIQ")  # magic, parts, bytes of the whole value
 _DIGEST = 8  # bytes of the digest in the names of parts
 _BATCH = 16 * 2**20  # bytes that are on their way at once
-_ERRORS = (RedisError, RedisClusterException, OSError)
+_PAGE = 512  # keys that are looked at together
+_YOUNG = 60  # seconds after it was touched that a part may be of a value that is being written
 
 
 class RedisStore(Store):
@@ -74,6 +66,34 @@ class RedisStore(Store):
     def get(self, keys: Sequence[Key]) -> list[Buffer | None]:
         """As the base class says."""
         heads = self._heads(keys)
+        self._prolong([_name(key) for key, head in zip(keys, heads, strict=True) if head])
+        found = self._values(keys, heads, self.ttl)
+        self._drop_torn(keys, heads, found)
+        hits = len(found) - found.count(None)
+        self._stats.hits += hits
+        self._stats.misses += len(found) - hits
+        return found
+
+    def _drop_torn(
+        self,
+        keys: Sequence[Key],
+        heads: Sequence[bytes | None],
+        found: Sequence[Buffer | None],
+    ) -> None:
+        """Drops what is under the keys of values that lost parts, else nobody would write them again."""
+        each = zip(keys, heads, found, strict=True)
+        torn = [_name(key) for key, head, value in each if head is not None and value is None]
+        with suppress(StoreFullError):  # a server that is only read
+            self._drop(torn)
+
+    def peek(self, keys: Sequence[Key]) -> list[Buffer | None]:
+        """As the base class says; what the server itself notes of uses is another matter."""
+        return self._values(keys, self._heads(keys), None)
+
+    def _values(
+        self, keys: Sequence[Key], heads: Sequence[bytes | None], ttl: int | None
+    ) -> list[Buffer | None]:
+        """Whole values; the time to live of their parts begins again, if one is given."""
         found: list[Buffer | None] = []
         batch: list[tuple[Key, bytes]] = []
         waiting = 0
@@ -81,13 +101,9 @@ class RedisStore(Store):
             batch.append((key, head or b""))
             waiting += _length(head)
             if waiting >= _BATCH:
-                found += self._whole(batch)
+                found += self._whole(batch, ttl)
                 batch, waiting = [], 0
-        found += self._whole(batch)
-        hits = len(found) - found.count(None)
-        self._stats.hits += hits
-        self._stats.misses += len(found) - hits
-        return found
+        return found + self._whole(batch, ttl)
 
     def _heads(self, keys: Sequence[Key]) -> list[bytes | None]:
         """What is kept under the keys themselves."""
@@ -96,27 +112,25 @@ class RedisStore(Store):
             for key in keys:
                 pipe.get(_name(key))
 
-        heads: list[bytes | None] = self._pipeline(ask) if keys else []
-        self._prolong([_name(key) for key, head in zip(keys, heads, strict=True) if head])
-        return heads
+        return self._pipeline(ask) if keys else []
 
-    def _whole(self, batch: Sequence[tuple[Key, bytes]]) -> list[Buffer | None]:
+    def _whole(self, batch: Sequence[tuple[Key, bytes]], ttl: int | None) -> list[Buffer | None]:
         """Values from what was under their keys, with the parts that lie elsewhere."""
         names = [_parts(key, head) for key, head in batch]
         flat = [name for each in names for name in each]
-        parts = iter(self._parts(flat))
+        parts = iter(self._parts(flat, ttl))
         return [
             _join(head, [next(parts) for _ in each])
             for (_, head), each in zip(batch, names, strict=True)
         ]
 
-    def _parts(self, names: Sequence[str]) -> list[bytes | None]:
+    def _parts(self, names: Sequence[str], ttl: int | None) -> list[bytes | None]:
         if not names:
             return []
 
         def ask(pipe: Any) -> None:
             for name in names:
-                pipe.get(name) if self.ttl is None else pipe.getex(name, px=self.ttl)
+                pipe.get(name) if ttl is None else pipe.getex(name, px=ttl)
 
         return self._pipeline(ask)
 
@@ -175,11 +189,9 @@ class RedisStore(Store):
             name for key, head in zip(keys, heads, strict=True) for name in _parts(key, head or b"")
         ]
 
-        def ask(pipe: Any) -> None:
-            for name in [*names, *parts]:
-                pipe.delete(name)
-
-        return sum(self._pipeline(ask)[: len(names)]) if names else 0
+        dropped = self._drop(names)
+        self._drop(parts)
+        return dropped
 
     def _pipeline(self, ask: Callable[[Any], None]) -> list[Any]:
         """Sends many commands at once.
@@ -200,97 +212,93 @@ class RedisStore(Store):
                 self._stats.refused += 1
                 raise StoreFullError(f"Redis takes no more values: {error}") from error
             raise StoreDownError(f"Redis refuses: {error}") from error
-        except _ERRORS as error:
+        except ERRORS as error:
             raise StoreDownError(f"Redis cannot be used: {error}") from error
 
     # -- looking after it
 
     def scan(self) -> Iterator[Stored]:
         """As the base class says; bytes are of whole values."""
-        try:
-            for name in self.client.scan_iter(match=f"{_PREFIX}:*", count=512):
-                key = _key(name.decode("utf-8", "replace"))
-                head = self.client.get(name) if key is not None else None
-                if key is not None and head is not None:
+        for names in self._pages():
+            keys = [key for key in map(_key, names) if key is not None]
+            for key, head in zip(keys, self._beginnings(keys), strict=True):
+                if head:
                     yield Stored(key, _length(head), None)
-        except _ERRORS as error:
+
+    def _pages(self) -> Iterator[list[str]]:
+        """Names of all keys that may be ours, many at a time; a name may come twice."""
+        try:
+            names = self.client.scan_iter(match=f"{_PREFIX}:*", count=_PAGE)
+            while page := [name.decode("utf-8", "replace") for name in islice(names, _PAGE)]:
+                yield page
+        except ERRORS as error:
             raise StoreDownError(f"Redis cannot be used: {error}") from error
+
+    def _beginnings(self, keys: Sequence[Key]) -> list[bytes]:
+        """As much of what is kept under keys as tells of length and parts."""
+
+        def ask(pipe: Any) -> None:
+            for key in keys:
+                pipe.getrange(_name(key), 0, _HEAD.size + _DIGEST - 1)
+
+        return self._pipeline(ask) if keys else []
+
+    def collect(self, dry: bool = False) -> int:
+        """Drops parts that no value refers to: of values that were evicted, or never finished.
+
+        Parts are set before the value's own key, so young ones stay. Where the server counts uses and
+        no times (LFU), nobody knows which are young, and all stay: it drops them itself some day.
+        """
+        if "lfu" in (self.stats().policy or ""):
+            return 0
+        dropped = 0
+        for names in self._pages():
+            loose = self._loose(names)
+            idle = zip(loose, self._idle(loose), strict=True)
+            old = [name for name, seconds in idle if seconds >= _YOUNG]
+            dropped += len(old) if dry else self._drop(old)
+        return dropped
+
+    def _loose(self, names: Sequence[str]) -> list[str]:
+        """Those that are parts which no value refers to."""
+        owners = {name: key for name in names if (key := _owner(name)) is not None}
+        keys = list(set(owners.values()))
+        heads = zip(keys, self._beginnings(keys), strict=True)
+        parts = {key: set(_parts(key, head)) for key, head in heads}
+        return [name for name, key in owners.items() if name not in parts[key]]
+
+    def _idle(self, names: Sequence[str]) -> list[int]:
+        """Seconds since each was touched; 0 for what is gone."""
+
+        def ask(pipe: Any) -> None:
+            for name in names:
+                pipe.object("idletime", name)
+
+        return [seconds or 0 for seconds in self._pipeline(ask)] if names else []
+
+    def _drop(self, names: Sequence[str]) -> int:
+        def ask(pipe: Any) -> None:
+            for name in names:
+                pipe.delete(name)
+
+        return sum(self._pipeline(ask)) if names else 0
 
     def stats(self) -> StoreStats:
         """As the base class says; bytes and budget are the server's."""
         found = StoreStats(**vars(self._stats))
         try:
             memory = self.client.info("memory")
-        except _ERRORS as error:
+        except ERRORS as error:
             raise StoreDownError(f"Redis cannot be used: {error}") from error
         servers = [memory] if "used_memory" in memory else list(memory.values())
         found.bytes = sum(int(one["used_memory"]) for one in servers)
         found.budget = sum(int(one.get("maxmemory", 0)) for one in servers) or None
+        found.policy = ", ".join(sorted({one.get("maxmemory_policy", "") for one in servers}))
         return found
 
     def close(self) -> None:
         """As the base class says."""
         self.client.close()
-
-
-def connect(url: str, timeout: float) -> Any:
-    """A client of redis-py for a URL, as `RedisStore.open` takes them. Nothing is sent yet but to clusters.
-
-    Raises:
-        ConfigError: for another URL.
-        StoreDownError: no node of a cluster answers.
-    """
-    settings: dict[str, Any] = {
-        "socket_timeout": timeout,
-        "socket_connect_timeout": timeout,
-        "retry": Retry(NoBackoff(), 0),  # who calls knows when to try again
-    }
-    parts = urlsplit(url)
-    scheme, _, kind = parts.scheme.partition("+")
-    try:
-        if kind == "" and scheme in ("redis", "rediss", "unix"):
-            return redis.Redis.from_url(url, **settings)
-        if scheme not in ("redis", "rediss") or kind not in ("sentinel", "cluster"):
-            raise ValueError("unknown scheme")
-        settings |= {"username": unquote(parts.username or "") or None}
-        settings |= {"password": unquote(parts.password or "") or None, "ssl": scheme == "rediss"}
-        hosts = _hosts(parts.netloc.rpartition("@")[2])
-        if kind == "cluster":
-            nodes = [ClusterNode(host, port) for host, port in hosts]  # type: ignore[no-untyped-call]
-            return RedisCluster(startup_nodes=nodes, **settings)
-        name, _, database = parts.path.strip("/").partition("/")
-        if not name:
-            raise ValueError("name the set: redis+sentinel://HOST:PORT/NAME")
-        watchers: Any = Sentinel
-        sentinel = watchers(hosts, sentinel_kwargs=_sentinel(parts.query, timeout))
-        return sentinel.master_for(name, db=int(database or 0), **settings)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{_hidden(url)} is no URL of Redis ({error})") from error
-    except _ERRORS as error:
-        raise StoreDownError(f"{_hidden(url)} does not answer: {error}") from error
-
-
-def _hosts(text: str) -> list[tuple[str, int]]:
-    found = []
-    if not text:
-        raise ValueError("it names no host")
-    for one in text.split(","):
-        host, _, port = one.rpartition(":")
-        found.append((host.strip("[]"), int(port)) if host else (port, 6379))
-    return found
-
-
-def _sentinel(query: str, timeout: float) -> dict[str, Any]:
-    """Settings of the connections to the sentinels themselves."""
-    given = {name: values[-1] for name, values in parse_qs(query).items()}
-    known: dict[str, Any] = {n: given[n] for n in ("username", "password") if n in given}
-    return {"socket_timeout": timeout, "socket_connect_timeout": timeout, **known}
-
-
-def _hidden(url: str) -> str:
-    """A URL without its password."""
-    parts = urlsplit(url)
-    return url.replace(f":{parts.password}@", ":***@") if parts.password else url
 
 
 def _name(key: Key) -> str:
@@ -306,6 +314,14 @@ def _key(name: str) -> Key | None:
     except ValueError:
         return None
     return found if prefix == _PREFIX and _name(found) == name else None
+
+
+def _owner(name: str) -> Key | None:
+    """The key of the value that a part is of; None for what is no part."""
+    value, _, _ = name.rpartition(":")
+    value, _, digest = value.rpartition(":")
+    key = _key(value)
+    return key if key is not None and len(digest) == 2 * _DIGEST else None
 
 
 def _cut(key: Key, value: Buffer) -> list[tuple[str, Buffer]]:

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from chunkcache.errors import ConfigError
 
-COMMANDS = ("serve", "demo", "report", "tree", "verify", "plan")
+COMMANDS = ("serve", "warm", "demo", "report", "tree", "verify", "plan")
 NOWHERE = "http://127.0.0.1:9"  # the discard port: nobody listens
 
 
@@ -56,6 +56,11 @@ def test_as_a_module() -> None:
         ["serve", "demo", "--mode", "magic"],
         ["serve", "demo", "--port", "99999"],
         ["serve", "demo", "--preload", "no-such-file.toml"],
+        ["serve", "demo", "--store", "disk:somewhere", "--no-store"],
+        ["warm", "demo"],
+        ["warm", "demo", "--prompts", "no-such-file.toml"],
+        ["warm", "demo", "--prompts", __file__, "--store", "memory:1GiB"],
+        ["warm", "demo", "--prompts", __file__, "--piece", "0"],
         ["demo", "--users", "0"],
         ["verify"],
         ["verify", "demo", "--dtype", "int3"],

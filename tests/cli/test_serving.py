@@ -3,42 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import httpx2
 import pytest
 from chunkcache.cli.main import main
 from click.testing import CliRunner
 
-from chunkcache.demo.facts import HELD_OUT_SEED, make_shop
-
-KEY = "sesame"
-SHOP = make_shop(HELD_OUT_SEED, fact_tokens=200)
-
-
-@contextmanager
-def serving(*options: str) -> Iterator[tuple[str, subprocess.Popen]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "chunkcache", "serve", "demo", "--port", str(port)]
-    small = ["--chunk-size", "32", "--device-bytes", "32MiB"]
-    environment = os.environ | {"CHUNKCACHE_API_KEY": KEY}
-    with subprocess.Popen([*command, *small, *options], env=environment) as process:
-        url = f"http://127.0.0.1:{port}"
-        try:
-            _wait(url, process)
-            yield url, process
-        finally:
-            process.kill()
+from tests.cli.serving import KEY, SHOP, ask, cached_tokens, serving
 
 
 @pytest.fixture(scope="module")
@@ -50,37 +24,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, subp
         yield found
 
 
-def _wait(url: str, process: subprocess.Popen) -> None:
-    end = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < end:
-        try:
-            httpx2.get(f"{url}/health")
-            return
-        except httpx2.ConnectError:
-            time.sleep(0.2)
-    pytest.fail("the server did not come up")
-
-
 def run(command: str, url: str, *more: str) -> str:
     result = CliRunner().invoke(main, [command, "--url", url, "--api-key", KEY, *more])
     assert result.exit_code == 0, result.output
     return result.stdout
 
 
-def ask(url: str, number: int) -> dict:
-    messages = [
-        {"role": "system", "content": SHOP.system_prompt},
-        {"role": "user", "content": SHOP.questions[number].question},
-    ]
-    body = {"model": "demo", "messages": messages, "max_tokens": 24}
-    headers = {"Authorization": f"Bearer {KEY}"}
-    return httpx2.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=60).json()
-
-
 def test_a_served_preload_is_reused_and_reported(server: tuple[str, subprocess.Popen]) -> None:
     url, process = server
     answers = [ask(url, number) for number in range(2)]
-    cached = [a["usage"]["prompt_tokens_details"]["cached_tokens"] for a in answers]
+    cached = [cached_tokens(answer) for answer in answers]
     assert 150 < cached[0] <= cached[1]
     stats = json.loads(run("report", url, "--json"))
     assert stats["named"]["support-bot"] == {"requests": 2, "cached_tokens": sum(cached)}
@@ -102,17 +55,60 @@ def test_a_served_preload_is_reused_and_reported(server: tuple[str, subprocess.P
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT], ids=str)
 def test_a_server_with_a_store_is_warm_after_a_restart(end: signal.Signals, tmp_path: Path) -> None:
     """Stopped right after its answer: what was to be written is written."""
-    store = ("--store", f"disk:{tmp_path}/store")
+    store = ("--store", f"disk:{tmp_path}/store?load=always")
     with serving(*store) as (url, process):
         first = ask(url, 0)
         process.send_signal(end)
         process.wait(30)
     with serving(*store) as (url, _):
         second = ask(url, 0)
-        details = second["usage"]["prompt_tokens_details"]
-        assert details["cached_tokens"] > 150
+        assert cached_tokens(second) > 150
         assert second["choices"][0]["message"] == first["choices"][0]["message"]
         stats = json.loads(run("report", url, "--json"))
-        assert stats["stores"]["loaded"] * 32 == details["cached_tokens"]
+        assert stats["stores"]["loaded"] * 32 == cached_tokens(second)
         assert stats["stores"]["disk"]["failures"] == 0
         assert "loaded from colder tiers" in run("report", url)
+
+
+def test_without_a_store_the_users_cache_keeps_prefixes(tmp_path: Path) -> None:
+    caches = tmp_path / "caches"
+    with serving(caches=caches) as (url, process):
+        ask(url, 0)
+        process.terminate()
+        process.wait(30)
+    folder = caches / "chunkcache"
+    values = [path for path in (folder / "values").rglob("*") if path.is_file()]
+    assert values
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in values)
+    said = (tmp_path / "log").read_text()
+    assert said.count(f"prefixes are kept in disk:{folder}, at most 10.0 GiB\n") == 1
+    with serving("--store", f"disk:{folder}?load=always") as (url, _):
+        assert cached_tokens(ask(url, 0)) > 150
+
+
+def test_no_store_leaves_nothing(tmp_path: Path) -> None:
+    caches = tmp_path / "caches"
+    with serving("--no-store", caches=caches) as (url, process):
+        ask(url, 0)
+        assert json.loads(run("report", url, "--json"))["stores"] == {}
+        process.terminate()
+        process.wait(30)
+    assert not caches.exists()
+    assert "prefixes are" not in (tmp_path / "log").read_text()
+
+
+def test_a_cache_that_cannot_be_used_is_done_without(tmp_path: Path) -> None:
+    """Unlike a store that somebody asked for."""
+    caches = tmp_path / "caches"
+    caches.write_text("no folder")
+    with serving(caches=caches) as (url, _):
+        assert ask(url, 0)["choices"][0]["message"]["content"]
+    said = (tmp_path / "log").read_text()
+    assert (
+        said.count(f"Warning: prefixes are not kept on disk: {caches}/chunkcache cannot be used")
+        == 1
+    )
+    result = CliRunner().invoke(main, ["serve", "demo", "--store", f"disk:{caches}/store"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"Error: {caches}/store cannot be used")

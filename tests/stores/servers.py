@@ -111,6 +111,37 @@ def cluster(folder: Path, nodes: int = 3, *arguments: str) -> list[Server]:
     return servers
 
 
+def replicas(folder: Path, primaries: list[Server]) -> list[Server]:
+    """A replica for each node of a cluster, which takes over when that dies."""
+    options = ["--cluster-enabled", "yes", "--cluster-node-timeout", "1000"]
+    found = [Server(folder / f"replica{n}", *options) for n in range(len(primaries))]
+    for server in found:
+        server.client().execute_command("CLUSTER MEET", "127.0.0.1", primaries[0].port)
+    for server in (*primaries, *found):
+        wait_for(lambda s=server: known_nodes(s) == 2 * len(primaries), "all nodes")
+    for primary, server in zip(primaries, found, strict=True):
+        server.client().execute_command("CLUSTER REPLICATE", node_id(primary))
+        wait_for(lambda s=server: linked(s), "the replica")
+    for server in (*primaries, *found):
+        wait_for(lambda s=server: known_replicas(s) == len(found), "replicas that all know of")
+    return found
+
+
+def node_id(server: Server) -> str:
+    answer = server.client().execute_command("CLUSTER MYID")
+    return answer.decode() if isinstance(answer, bytes) else str(answer)
+
+
+def linked(replica: Server) -> bool:
+    """Whether it has what its primary has."""
+    return replica.client().info("replication").get("master_link_status") == "up"
+
+
+def known_replicas(server: Server) -> int:
+    nodes = server.client().execute_command("CLUSTER NODES").values()
+    return sum("slave" in node["flags"] for node in nodes)
+
+
 def raw_info(server: Server) -> bytes:
     answer = server.client().execute_command("CLUSTER INFO")
     return answer if isinstance(answer, bytes) else repr(answer).replace("': '", ":").encode()
@@ -124,9 +155,7 @@ def watched(folder: Path) -> tuple[Server, Server, list[Server]]:
     """A primary, its replica, and three sentinels that watch them as `main`."""
     primary = Server(folder / "primary")
     replica = Server(folder / "replica", "--replicaof", "127.0.0.1", str(primary.port))
-    wait_for(
-        lambda: replica.client().info("replication")["master_link_status"] == "up", "the replica"
-    )
+    wait_for(lambda: linked(replica), "the replica")
     settings = (
         f"sentinel monitor main 127.0.0.1 {primary.port} 2\n"
         "sentinel down-after-milliseconds main 500\n"

@@ -65,6 +65,16 @@ def test_statistics_add_up(store) -> None:
     assert found.to_dict()["kind"] == store.kind
 
 
+def test_looking_is_not_counted(store) -> None:
+    store.delete(KEYS)
+    store.put([(KEYS[0], b"abc"), (KEYS[1], b"d" * (PART + 1))])
+    found = [None if one is None else bytes(one) for one in store.peek(KEYS[:3])]
+    assert found == [b"abc", b"d" * (PART + 1), None]
+    assert (store.stats().hits, store.stats().misses) == (0, 0)
+    assert store.collect(dry=True) == store.collect() == 0
+    assert store.exists(KEYS[:3]) == [True, True, False]
+
+
 def test_threads_use_one_store(store) -> None:
     store.delete(KEYS)
     errors: list[BaseException] = []
@@ -129,6 +139,18 @@ def test_values_expire_after_their_last_use(make, kind) -> None:
         time.sleep(0.4)
         assert store.get([KEYS[0], KEYS[2]]) == [b"kept", b"p" * (PART + 1)]
     assert store.get([KEYS[1]]) == [None] and store.exists([KEYS[1]]) == [False]
+
+
+@pytest.mark.parametrize("kind", ["redis", "cluster"])
+def test_a_value_that_lost_a_part_is_forgotten(make, kind) -> None:
+    """Else nobody would write it again."""
+    store = make(kind)
+    store.put([(KEYS[0], b"x" * (PART + 9)), (KEYS[1], b"whole")])
+    (part,) = store.client.scan_iter("chunkcache:*:1")
+    store.client.delete(part)
+    assert store.exists(KEYS[:2]) == [True, True]
+    assert store.get(KEYS[:2]) == [None, b"whole"]
+    assert store.exists(KEYS[:2]) == [False, True]
 
 
 @pytest.mark.parametrize(
