@@ -61,7 +61,7 @@ def command(
     settings = make_settings(o, stores if stores or no_store else [default_store()])
     loaded, tokenizer = load(model, dtype)
     cached = _wrap(loaded, tokenizer, settings, chosen=bool(stores))
-    announce(cached.settings.stores)
+    announce(cached)
     for prompt in prompts:
         tokens = cached.preload(prompt.prompt, name=prompt.name, pin=prompt.pin, ttl=prompt.ttl)
         click.echo(f"preloaded {prompt.name}: {tokens:,} tokens", err=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,7 +10,7 @@ import click
 from .loading import dtype_option
 
 if TYPE_CHECKING:
-    from chunkcache import Config
+    from chunkcache import CachedModel, Config
 
 _BORDER = 512  # tokens
 _OPTIONS = (
@@ -70,15 +70,19 @@ def default_store() -> str:
     return f"disk:{cache_folder()}"
 
 
-def announce(stores: Sequence[str]) -> None:
-    """A line on stderr for each store: where prefixes are kept, and how many bytes of them."""
-    from chunkcache.lab.render import size
+def announce(cached: CachedModel) -> None:
+    """Two lines on stderr for each store: where prefixes are kept, and whether reading pays."""
+    from chunkcache.lab.render import break_even, size
     from chunkcache.stores.places import budget, shown
 
-    for name in stores:
+    stats = cached.stats()
+    tiers = [tier for tier in stats.stores.values() if isinstance(tier, Mapping)]
+    for number, name in enumerate(cached.settings.stores):
         most = budget(name)
         limit = "" if most is None else f", at most {size(most)}"
         click.echo(f"prefixes are kept in {shown(name)}{limit}", err=True)
+        if number < len(tiers):
+            click.echo(f"  {break_even(tiers[number], stats.chunk_size)}", err=True)
 
 
 def warn_of_budgets(stores: Sequence[str], needed: int) -> None:

@@ -65,7 +65,7 @@ def command(
     settings = make_settings(o, [eager(name) for name in stores or [default_store()]])
     loaded, tokenizer = load(model, dtype)
     with wrap(loaded, tokenizer, settings) as cached:
-        announce(settings.stores)
+        announce(cached)
         warmed = _warm(Warmer(cached, o["piece"]), prompts)
         needed = sum(prompt.stored for prompt in warmed) * cached.stats().token_bytes
     warn_of_budgets(settings.stores, needed)

@@ -75,7 +75,10 @@ def report(stats: Mapping[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [_reuse(stats), Text(), _misses(stats)]
     if stats["named"]:
         parts += [Text(), _named(stats)]
-    return Group(*parts, Text(), _memory(stats))
+    parts += [Text(), _memory(stats)]
+    if stores := stats.get("stores"):
+        parts += [Text(), _colder(stores, stats["chunk_size"], stats["token_bytes"])]
+    return Group(*parts)
 
 
 def _reuse(stats: Mapping[str, Any]) -> Table:
@@ -134,26 +137,52 @@ def _memory(stats: Mapping[str, Any]) -> Table:
             "chunks refused so far": number(stats["refused_chunks"]),
             "running requests": f"{size(stats['tail_bytes'])} of their own",
         }
-        | states
-        | _colder(stats.get("stores", {})),
+        | states,
     )
 
 
-def _colder(stores: Mapping[str, Any]) -> dict[str, str]:
+def _colder(stores: Mapping[str, Any], chunk_size: int, token_bytes: float) -> RenderableType:
     """What moved between the device and colder tiers, and which of them are broken now."""
-    if not stores:
-        return {}
-    lines = {
-        "chunks loaded from colder tiers": number(stores["loaded"]),
-        "values written to them": number(stores["saved"]),
+    names = ("tier", "chunks loaded", "values written", "failed calls", "a token takes", "pays")
+    rows = []
+    for name, tier in stores.items():
+        if isinstance(tier, Mapping):
+            state = ", left alone now" if tier["open"] else ""
+            takes = _takes(tier["token_bytes"], token_bytes)
+            numbers = (number(tier[what]) for what in ("loaded", "saved"))
+            failed = number(tier["failures"]) + state
+            rows.append((name, *numbers, failed, takes, _pays(tier, chunk_size)))
+    others = {
         "damaged values": number(stores["corrupt"]),
         "prefixes not written (queue full)": number(stores["dropped"]),
     }
-    for kind, calls in stores.items():
-        if isinstance(calls, Mapping) and calls["failures"]:
-            state = ", left alone now" if calls["open"] else ""
-            lines[f"failed calls of {kind}"] = f"{number(calls['failures'])}{state}"
-    return lines
+    return Group(columns("Colder tiers", names, rows), pairs("", others))
+
+
+def _takes(stored: float | None, device: float) -> str:
+    """Bytes of a token in a store, against the device."""
+    if stored is None:
+        return "-"
+    more = f" ({stored / device - 1:+.1%})" if device else ""
+    return f"{number(stored)} B{more}"
+
+
+def _pays(tier: Mapping[str, Any], chunk_size: int) -> str:
+    if tier["chunk_seconds"] is None or tier["compute_seconds"] is None:
+        return "not measured"
+    least = tier["break_even"]
+    return "never" if least is None else f"from {number(least * chunk_size)} tokens"
+
+
+def break_even(tier: Mapping[str, Any], chunk_size: int) -> str:
+    """Whether it pays to read a tier of `Stats.stores`, in words."""
+    read, computed = tier["chunk_seconds"], tier["compute_seconds"]
+    if read is None or computed is None:
+        return "what reading takes is not known yet"
+    return (
+        f"{number(chunk_size)} tokens are read in {duration(tier['call_seconds'] + read)} and computed "
+        f"in {duration(computed)}: reading pays {_pays(tier, chunk_size)}"
+    )
 
 
 def tree(rows: Sequence[Mapping[str, Any]]) -> RenderableType:

@@ -366,8 +366,9 @@ def _join(head: bytes, parts: Sequence[bytes | None]) -> Buffer | None:
     if found is None:
         return None
     count, size = found
-    whole = head[_HEAD.size :] if count == 0 else b""
-    if count:
+    if not count:
+        whole = bytearray(memoryview(head)[_HEAD.size :])
+    else:
         there = [part for part in parts if part is not None]
-        whole = b"".join(there) if len(there) == count else b""
+        whole = bytearray().join(there) if len(there) == count else bytearray()
     return whole if len(whole) == size else None

@@ -67,7 +67,7 @@ def test_a_server_with_a_store_is_warm_after_a_restart(end: signal.Signals, tmp_
         stats = json.loads(run("report", url, "--json"))
         assert stats["stores"]["loaded"] * 32 == cached_tokens(second)
         assert stats["stores"]["disk"]["failures"] == 0
-        assert "loaded from colder tiers" in run("report", url)
+        assert "Colder tiers" in run("report", url)
 
 
 def test_without_a_store_the_users_cache_keeps_prefixes(tmp_path: Path) -> None:

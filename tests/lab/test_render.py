@@ -114,3 +114,42 @@ def test_empty_tree() -> None:
 
 def test_doctests() -> None:
     assert doctest.testmod(render).failed == 0
+
+
+def tier(**fields: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "loaded": 1_234,
+        "saved": 99,
+        "failures": 0,
+        "open": False,
+        "token_bytes": 3_100.0,
+        "chunk_seconds": 0.002,
+        "call_seconds": 0.001,
+        "compute_seconds": 0.03,
+        "break_even": 1,
+    }
+    return values | fields
+
+
+def test_colder_tiers_are_told_apart(stats: Stats) -> None:
+    stores = {"loaded": 1_234, "saved": 99, "corrupt": 3, "failed": 1, "dropped": 0}
+    tiers = {
+        "disk": tier(),
+        "redis": tier(failures=7, open=True, break_even=None, token_bytes=None),
+        "redis-2": tier(chunk_seconds=None),
+    }
+    shown_ = shown(render.report(stats.to_dict() | {"stores": stores | tiers}))
+    lines = {line.split()[0]: line for line in shown_.splitlines() if line.strip()}
+    assert "3,100 B (+0.9%)" in lines["disk"] and "from 64 tokens" in lines["disk"]
+    assert "7, left alone now" in lines["redis"] and "never" in lines["redis"]
+    assert "not measured" in lines["redis-2"]
+    assert "damaged values" in shown_
+
+
+def test_break_even_is_told_in_words() -> None:
+    text = render.break_even(tier(break_even=2), 64)
+    assert text == (
+        "64 tokens are read in 3.0 ms and computed in 30.0 ms: reading pays from 128 tokens"
+    )
+    assert "never" in render.break_even(tier(break_even=None), 64)
+    assert "not known" in render.break_even(tier(compute_seconds=None), 64)

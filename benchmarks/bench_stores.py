@@ -1,0 +1,139 @@
+"""How fast are chunks read from stores, against the machine's own rate?
+
+Chunks of a Llama of 200 M parameters (768 KiB each). Loading means all of it: from the store, checked,
+into the pool. Against it: reading the same files, and redis-py's GET of the same bytes, with nothing done
+to them. Then the bytes that a token takes in each store, against the arithmetic.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from benchmarks.common import interleaved, median, save
+from chunkcache.kv import ChunkLayout, LayerShape
+from chunkcache.kv.store import PrefixStore
+from chunkcache.kv.tier import Tier
+from chunkcache.kv.tiers import Tiers
+from chunkcache.stores.guard import Guard
+from chunkcache.stores.open import open_store
+from chunkcache.tree import TOKEN_BYTES
+from tests.stores.servers import Server
+
+LAYOUT = ChunkLayout(
+    tuple(LayerShape(4, 64, 64) for _ in range(12)), 64, torch.bfloat16, torch.device("cpu")
+)
+SPACE = bytes(32)
+
+
+class Filled:
+    """A store with the chunks of one prompt, and a pool to load them into."""
+
+    def __init__(self, name: str, tokens: int, seed: int):
+        generator = torch.Generator().manual_seed(seed)
+        self.tokens = list(range(tokens))
+        self.store = open_store(name)
+        self.pool = PrefixStore(LAYOUT, 2**30)
+        self.tiers = Tiers(self.pool, [Tier(Guard(self.store, 60.0))], patience=60.0)
+        source = LAYOUT.allocate(tokens // LAYOUT.chunk_size)
+        for part in (part for layer in source for part in layer):
+            part.normal_(generator=generator)
+        self.pool.publish(
+            SPACE,
+            self.tokens,
+            lambda at, count: [tuple(part[at : at + count] for part in layer) for layer in source],
+        )
+        self.tiers.save(SPACE, self.tokens)
+        self.keys = [one.key for one in self.store.scan() if "." not in one.key.name]
+        self.bytes = sum(one.bytes for one in self.store.scan() if "." not in one.key.name)
+
+    def forget(self) -> None:
+        """Empties the pool, whose memory stays."""
+        self.pool.tree(SPACE).clear()
+
+    def load(self) -> None:
+        """Everything, into the pool."""
+        found = self.tiers.load(SPACE, self.tokens, 0, len(self.tokens))
+        assert sum(found.tokens.values()) == len(self.tokens)
+
+    def get(self) -> None:
+        """Only what the store does."""
+        assert all(self.store.get(self.keys))
+
+
+def read_files(folder: Path) -> None:
+    """All files, into fresh memory."""
+    for path in folder.glob("values/*/*"):
+        path.read_bytes()
+
+
+def get_plain(store: Any, values: int) -> None:
+    """One GET after the other."""
+    for number in range(values):
+        assert store.client.get(f"plain{number}")
+
+
+def rates(samples: dict[str, list[float]], size: int) -> dict[str, float]:
+    """MiB per second of the median."""
+    return {name: size / 2**20 / median(times) for name, times in samples.items()}
+
+
+def token_bytes(filled: Filled) -> dict[str, float]:
+    """Of a token in the store, and what the numbers and ids alone take."""
+    arithmetic = LAYOUT.token_bytes + TOKEN_BYTES
+    stored = filled.bytes / len(filled.tokens)
+    return {"stored": stored, "arithmetic": arithmetic, "ratio": stored / arithmetic}
+
+
+@click.command()
+@click.option("--tokens", default=4096)
+@click.option("--repeats", default=15)
+@click.option("--seed", default=0)
+def main(tokens: int, repeats: int, seed: int) -> None:
+    """Prints a table and one JSON line; keeps the raw samples in results/."""
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        server = Server(folder / "redis", "--unixsocket", f"{folder}/s")
+        client = server.client()
+        names = {
+            "memory": "memory:1GiB",
+            "disk": f"disk:{folder}/store",
+            "redis": server.url,
+            "redis by unix socket": f"unix://{folder}/s",
+        }
+        for kind, url in names.items():
+            client.flushall()
+            filled = Filled(url, tokens, seed)
+            calls = {"load": filled.load, "get": filled.get}
+            if kind == "disk":
+                calls["machine"] = lambda: read_files(folder / "store")
+            elif kind != "memory":
+                values = [bytes(value or b"") for value in filled.store.get(filled.keys)]
+                for number, value in enumerate(values):
+                    client.set(f"plain{number}", value)
+                calls["machine"] = partial(get_plain, filled.store, len(values))
+            interleaved(calls, 2, filled.forget)
+            samples = interleaved(calls, repeats, filled.forget)
+            found = rates(samples, filled.bytes)
+            share = found["load"] / found["machine"] if "machine" in found else None
+            sizes = token_bytes(filled)
+            text = "" if share is None else f", machine {found['machine']:6,.0f}: {share:.0%}"
+            print(
+                f"{kind:20} load {found['load']:6,.0f} MiB/s, get {found['get']:6,.0f}{text}; a token "
+                f"takes {sizes['stored']:,.0f} bytes, {sizes['ratio'] - 1:+.2%}"
+            )
+            result[kind] = {"rates": found, "share": share, "token_bytes": sizes}
+            result[kind]["samples"] = samples
+            filled.tiers.close()
+        server.kill()
+    save("bench_stores", {"tokens": tokens, "repeats": repeats, "seed": seed}, result)
+
+
+if __name__ == "__main__":
+    main()
