@@ -30,6 +30,7 @@ _HOMES = {
         "InvalidTokensError",
         "ModelChangedError",
         "ModelStateError",
+        "OtherFormatError",
         "PoolExhaustedError",
         "PromptError",
         "PromptTooLongError",

@@ -20,6 +20,7 @@ ChunkcacheError
 │   ├── StoreDownError          it cannot be reached, or does not answer in time
 │   ├── StoreFullError          it takes no more values
 │   └── CorruptValueError       a value that is damaged, or of something else
+│       └── OtherFormatError    a value that another version wrote
 ├── QueueFullError              the server keeps no more waiting requests
 ├── ReleasedLeaseError          KV of a released lease was asked for (RuntimeError)
 └── RunLengthError              a run of chunks of the wrong length (ValueError)
@@ -113,6 +114,10 @@ class StoreFullError(StoreError):
 
 class CorruptValueError(StoreError):
     """A stored value that is damaged, of another format, or not of what was asked for."""
+
+
+class OtherFormatError(CorruptValueError):
+    """A stored value that another version wrote: whole, as far as its seal tells, but not readable here."""
 
 
 class QueueFullError(ChunkcacheError):

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save
 
-from chunkcache.errors import CorruptValueError
+from chunkcache.errors import CorruptValueError, OtherFormatError
 from chunkcache.kv.layout import KV, ChunkLayout
 from chunkcache.stores.base import Buffer, Key
 from chunkcache.tree import TOKEN_BYTES
@@ -178,7 +178,8 @@ def inspect(value: Buffer, key: Key) -> Identity:
     right token ids gets.
 
     Raises:
-        CorruptValueError: it is damaged, of another format, or lies under another's key.
+        CorruptValueError: it is damaged, or lies under another's key.
+        OtherFormatError: another version wrote it.
     """
     try:
         facts, parts = _parts(value, key)
@@ -249,10 +250,10 @@ def _tensor(
 
 def _unsealed(text: str, key: Key) -> dict[str, Any]:
     found: dict[str, Any] = dict(json.loads(text))
-    if found.get("format") != FORMAT:
-        raise CorruptValueError(f"{key} is of format {found.get('format')!r}")
     if found.pop("seal", None) != _seal(found):
         raise CorruptValueError(f"the metadata of {key} are damaged")
+    if found.get("format") != FORMAT:
+        raise OtherFormatError(f"{key} is of format {found.get('format')!r}, not {FORMAT}")
     return found
 
 

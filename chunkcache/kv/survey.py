@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from chunkcache.errors import CorruptValueError
+from chunkcache.errors import CorruptValueError, OtherFormatError
 from chunkcache.kv.codec import inspect
 from chunkcache.kv.inventory import CHUNK, batches, chunk_of, kind_of, listed
 from chunkcache.kv.notes import MODEL, decode_note, is_note, model_key
@@ -26,6 +26,8 @@ from chunkcache.stores.base import Buffer, Key, Store, Stored
 from chunkcache.tree import TOKEN_BYTES
 
 WHOLE, CORRUPT, LOST, UNREACHABLE = "whole", "corrupt", "lost", "unreachable"
+FOREIGN = "foreign"  # of another version's format: nobody here can tell more, so it stays
+_STATES = (WHOLE, CORRUPT, LOST, UNREACHABLE, FOREIGN)
 _SWEEP = 512  # values that are deleted together
 Progress = Callable[[int, int], None]  # values that were read, and values in all
 
@@ -34,7 +36,7 @@ class Finding(NamedTuple):
     """What reading a value showed.
 
     Attributes:
-        state: whole, corrupt or lost, whatever may be above it.
+        state: whole, corrupt, lost or foreign, whatever may be above it.
         parent: name of the chunk before it; empty for the first, and where nobody knows.
         end: position behind its last token; 0 for notes, and where nobody knows.
         note: the group of the key of the note about its namespace; empty for notes, and where nobody
@@ -70,7 +72,7 @@ class Survey:
     @cached_property
     def states(self) -> dict[str, list[Key]]:
         """The values of each state."""
-        found: dict[str, list[Key]] = {state: [] for state in (WHOLE, CORRUPT, LOST, UNREACHABLE)}
+        found: dict[str, list[Key]] = {state: [] for state in _STATES}
         for key in self.values:
             found[self.state(key)].append(key)
         return found
@@ -150,6 +152,8 @@ def _judge(one: Stored, value: Buffer | None) -> Finding:
             decode_note(value)
             return Finding(len(value), WHOLE)
         found = inspect(value, one.key)
+    except OtherFormatError as error:
+        return Finding(len(value), FOREIGN, reason=str(error))
     except CorruptValueError as error:
         return Finding(len(value), CORRUPT, reason=str(error))
     end = found.start + len(found.data) // TOKEN_BYTES
@@ -200,7 +204,7 @@ def _broken(values: dict[Key, Finding]) -> dict[Key, Key]:
         while key not in found:
             path.append(key)
             above = _above(key, values[key])
-            if above is None or above not in values or values[above].state != WHOLE:
+            if above is None or above not in values or values[above].state not in (WHOLE, FOREIGN):
                 found[key] = above
             else:
                 key = above
@@ -251,10 +255,11 @@ def sweep(store: Store, found: Survey, dry: bool = False) -> Swept:
             gone = _still(store, found, keys[at : at + _SWEEP])
             _drop(store, found, gone, swept, dry)
             setattr(swept, state, getattr(swept, state) + len(gone))
-    swept.spared = len(found.values) - len(found.states[WHOLE])
+    swept.spared = len(found.values) - len(found.states[WHOLE]) - len(found.states[FOREIGN])
     swept.spared -= swept.corrupt + swept.lost + swept.unreachable
     notes = found.idle_notes
-    if notes and not swept.spared and listed(store).keys() <= found.values.keys():
+    still = not swept.spared and not found.states[FOREIGN]
+    if notes and still and listed(store).keys() <= found.values.keys():
         _drop(store, found, notes, swept, dry)  # else somebody writes, perhaps what they are about
         swept.notes = len(notes)
     swept.leftovers = store.collect(dry)
@@ -267,7 +272,7 @@ def _still(store: Store, found: Survey, keys: Sequence[Key]) -> list[Key]:
     wanted = set(culprits.values())
     sizes = {key: found.values[key].bytes if key in found.values else 0 for key in wanted}
     now = _read(store, [Stored(key, size, None) for key, size in sizes.items()])
-    return [key for key in keys if now[culprits[key]].state != WHOLE]
+    return [key for key in keys if now[culprits[key]].state not in (WHOLE, FOREIGN)]
 
 
 def _drop(store: Store, found: Survey, keys: Sequence[Key], swept: Swept, dry: bool) -> None:

@@ -17,6 +17,7 @@ _STATES = {
     "corrupt": "damaged",
     "lost": "lost",
     "unreachable": "out of reach",
+    "foreign": "of another version",
 }
 
 

@@ -14,7 +14,7 @@ import torch
 import chunkcache
 from chunkcache.errors import ConfigError, StoreDownError
 from tests.hf.test_zoo import ask, ids, same_bits
-from tests.stores.servers import Server
+from tests.stores.servers import Server, wait_for
 from tests.zoo import zoo_model
 
 CHUNK = 16
@@ -184,3 +184,68 @@ def test_prompts_are_evicted_from_the_device_and_come_back(tmp_path: Path) -> No
             cached.store.check()
         counts = cached._state._servings.tiers.counts
         assert counts["loaded"] > 0 and counts["failed"] == counts["corrupt"] == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "granitemoehybrid"])
+def test_a_prompt_that_waits_is_prepared(name: str, tmp_path: Path) -> None:
+    first, second = prompts(name)
+    disk = f"disk:{tmp_path}/store?load=always"
+    with wrap(zoo_model(name), disk) as before, wrap(zoo_model(name)) as cold:
+        ask(before, [first])
+        expected = ask(cold, [second])
+    with wrap(zoo_model(name), disk) as after:
+        after.prefetch([second])
+        wait_for(lambda: after.stats().stores["loaded"] > 0, "the load")
+        wait_for(lambda: not after._state.serving().prefiller.flights._running, "its end")
+        loaded = after.stats().stores["loaded"]
+        assert same_bits(ask(after, [second]), expected)
+        (reuse,) = after.last_reuse
+        assert reuse.tiers == {"disk": reuse.cached_tokens} and reuse.cached_tokens >= 3 * CHUNK
+        assert after.stats().stores["loaded"] == loaded
+        ask(after, [second])
+        assert set(after.last_reuse[0].tiers) == {"device"}
+
+
+def test_rows_of_a_batch_are_prepared_while_the_first_runs(tmp_path: Path) -> None:
+    model, random_ = zoo_model("llama"), random.Random(8)
+    rows = [ids(random_, 70) for _ in range(4)]
+    disk = f"disk:{tmp_path}/store?load=always"
+    with wrap(model, disk) as before, wrap(model) as cold:
+        for row in rows:
+            ask(before, [row])
+        expected = ask(cold, rows)
+    with wrap(model, disk) as after:
+        assert same_bits(ask(after, rows), expected)
+        assert [reuse.tiers for reuse in after.last_reuse] == 4 * [{"disk": 64}]
+        after.store.check()
+
+
+def test_what_cannot_be_prepared_harms_nobody(server: Server) -> None:
+    first, second = prompts("llama")
+    with wrap(zoo_model("llama"), server.url) as cached:
+        ask(cached, [first])
+        settle(cached)
+        server.kill()
+        cached.flush()
+        cached.prefetch([second, [], [5]])
+        ask(cached, [second])
+        assert cached.last_reuse[0].cached_tokens == 0
+    cached.prefetch([second])
+
+
+def test_a_miss_says_that_a_store_is_to_blame(server: Server) -> None:
+    first, second = prompts("llama")
+    with wrap(zoo_model("llama"), f"{server.url}?load=always") as cached:
+        ask(cached, [first])
+        settle(cached)
+        for key in server.client().scan_iter():
+            value = bytearray(server.client().get(key))
+            value[-1] ^= 1
+            server.client().set(key, bytes(value))
+        cached.flush()
+        ask(cached, [second])
+        assert cached.last_reuse[0].reason == "corrupt"
+        server.kill()
+        cached.flush()
+        ask(cached, [second])
+        assert cached.last_reuse[0].reason == "store down"

@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from chunkcache.errors import CorruptValueError
+from chunkcache.kv import codec
 from chunkcache.kv.codec import Identity, decode_chunk, decode_state
-from chunkcache.kv.notes import MODEL, decode_note, model_key, prompt_key
-from chunkcache.kv.survey import CORRUPT, LOST, UNREACHABLE, WHOLE, survey, sweep
+from chunkcache.kv.notes import MODEL, decode_note, is_note, model_key, prompt_key
+from chunkcache.kv.survey import CORRUPT, FOREIGN, LOST, UNREACHABLE, WHOLE, survey, sweep
 from chunkcache.stores import Key, MemoryStore, Store
 from chunkcache.stores.base import Stored
 from tests.stores.filling import (
@@ -330,3 +331,20 @@ def test_a_long_path_is_followed() -> None:
     found = survey(store)
     assert len(found.states[UNREACHABLE]) == len(path) - 1
     assert set(found.broken.values()) == {path[0].key}
+
+
+def test_values_of_another_version_are_left_alone(monkeypatch) -> None:
+    """An old `gc` on a store that a newer version uses too."""
+    store = MemoryStore(2**20)
+    monkeypatch.setattr(codec, "FORMAT", codec.FORMAT + 1)
+    values = dict(prefix(list(range(16)), ONE, "bot", True))
+    store.put(list(values.items()))
+    monkeypatch.undo()
+    store.put([about(ONE)])
+    found = survey(store)
+    foreign = {key for key in values if not is_note(key)}
+    assert set(found.states[FOREIGN]) == foreign and not found.damage
+    swept = sweep(store, found)
+    assert swept.to_dict() == dict.fromkeys(swept.to_dict(), 0)
+    assert {one.key for one in store.scan()} == {*values, about(ONE)[0]}
+    store.close()

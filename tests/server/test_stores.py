@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 
 import chunkcache
 from chunkcache.demo.facts import Shop
+from chunkcache.engine import Finished, Job, Runner, Sampling
 from chunkcache.server.metrics import tier_metrics
 from tests.server.conftest import CHUNK, MODEL, Running, chat, running, until
 from tests.stores.servers import Server
@@ -99,3 +100,36 @@ def test_each_store_of_a_kind_has_a_line() -> None:
             "open": store == "disk",
         }.items()
     }
+
+
+def test_a_request_that_waits_is_prepared(
+    cached: chunkcache.CachedModel, tmp_path: Path, shop: Shop
+) -> None:
+    """While one runs, what stores have of the next one comes into memory."""
+    config = chunkcache.Config(chunk_size=CHUNK, stores=[f"disk:{tmp_path}/kv?load=always"])
+    ids = cached.tokenizer(shop.system_prompt).input_ids
+    sampling = Sampling(4, temperature=0)
+    with chunkcache.wrap(cached.model, cached.tokenizer, config) as stored:
+        stored.preload(ids)
+        assert stored.settle(30)
+        stored.flush()
+        runner = Runner(stored)
+        try:
+            loaded: list[int] = []
+
+            def hold(event: object) -> None:
+                """Keeps the first job running until the second one's prefix is there."""
+                if not loaded:
+                    until(lambda: stored.stats().stores["loaded"] > 0)
+                    loaded.append(stored.stats().stores["loaded"])
+
+            ended: list[object] = []
+            runner.submit(Job([[5, 6, 7]], Sampling(40, temperature=0, ignore_eos=True), hold))
+            until(lambda: runner.running == 1)
+            runner.submit(Job([ids], sampling, ended.append))
+            until(lambda: ended and isinstance(ended[-1], Finished))
+            (reuse,) = ended[-1].result.reuse
+            assert loaded and reuse.tiers == {"disk": reuse.cached_tokens}
+            assert reuse.cached_tokens > 100
+        finally:
+            runner.close()
