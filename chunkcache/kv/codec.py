@@ -118,14 +118,15 @@ def decode_chunk(value: Buffer, identity: Identity, layout: ChunkLayout) -> list
     found: list[KV] = []
     for run in layout.alike:
         layer, outline = layout.layers[run.start], layout.outline(run.start)
-        parts = []
+        parts: list[torch.Tensor] = []
         for number, wanted in enumerate(layer.wire(outline)):
             part = tensors.pop(_part(run, number), None)
             shape = (len(run), *wanted.shape[1:])
             if part is None or part.shape != shape or part.dtype != wanted.dtype:
                 raise CorruptValueError(f"{identity.key} has other tensors than its model")
-            parts.append(torch.split(part, 1))
-        found += [layer.wire(kv) for kv in zip(*parts, strict=True)]
+            parts.append(part)
+        views = (torch.split(part, 1) for part in layer.wire(tuple(parts)))  # all layers at once
+        found += zip(*views, strict=True)
     if tensors:
         raise CorruptValueError(f"{identity.key} has tensors of more layers")
     return found

@@ -20,16 +20,15 @@ import torch
 
 from chunkcache.errors import CorruptValueError, StoreError
 from chunkcache.kv.codec import Identity, decode_chunk, decode_state, identities
-from chunkcache.kv.layout import KV
+from chunkcache.kv.layout import KV, ChunkLayout
 from chunkcache.kv.pool import PoolRun
 from chunkcache.kv.store import PrefixStore
 from chunkcache.kv.tier import Tier, batch_of
 from chunkcache.stores.base import Buffer
-from chunkcache.tree import Snapshot, pack
+from chunkcache.tree import Lease, Snapshot, pack
 
 _log = logging.getLogger(__name__)
 _THREADS = 4
-Item = TypeVar("Item")
 Result = TypeVar("Result")
 Count = Callable[[str, int], None]
 Values = Sequence[Buffer | None]
@@ -84,14 +83,20 @@ class Loader:
         self.states = states
         self.patience = patience
         self._count = count
-        threads = min(_THREADS, torch.get_num_threads())
-        self._threads = ThreadPoolExecutor(threads, "load") if threads > 1 else None
+        self._parts = min(_THREADS, torch.get_num_threads())
+        others = self._parts - 1
+        self._threads = ThreadPoolExecutor(others, "load") if others else None
 
-    def each(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """`work` of every item, in order, by all threads."""
-        if self._threads is None or len(items) < 2:
-            return [work(item) for item in items]
-        return list(self._threads.map(work, items))
+    def each(self, work: Callable[[range], list[Result]], items: int) -> list[Result]:
+        """`work` of all items in order, a part of them in each thread."""
+        if self._threads is None or items < 2:
+            return work(range(items))
+        middle = -(-items // self._parts)
+        parts = [range(at, min(items, at + middle)) for at in range(0, items, middle)]
+        others = [self._threads.submit(work, part) for part in parts[1:]]
+        found = [work(parts[0])]
+        found += [other.result() for other in others]
+        return [one for part in found for one in part]
 
     def close(self) -> None:
         """Ends its threads."""
@@ -182,7 +187,9 @@ class _Load:
 
     def hold(self, tokens: int) -> None:
         """Holds what is stored of so many tokens, since more is laid behind it."""
-        lease = self.loader.store.hold(self.namespace, self.tokens, tokens)
+        self._keep(self.loader.store.hold(self.namespace, self.tokens, tokens))
+
+    def _keep(self, lease: Lease) -> None:
         self._holds.enter_context(lease)
         self.at = lease.tokens // self.size
 
@@ -237,14 +244,10 @@ class _Load:
         chunks: list[list[KV]] = []
         layout = self.loader.store.layout
 
-        def check(number: int) -> list[KV] | CorruptValueError | None:
-            value = values[number]
-            try:
-                return None if value is None else decode_chunk(value, batch[number], layout)
-            except CorruptValueError as error:
-                return error
+        def check(part: range) -> list[list[KV] | CorruptValueError | None]:
+            return [_decoded(values[number], batch[number], layout) for number in part]
 
-        for number, found in enumerate(self.loader.each(check, range(len(batch)))):
+        for number, found in enumerate(self.loader.each(check, len(batch))):
             if isinstance(found, CorruptValueError):  # and nobody gets at what lies behind it
                 gone = self.path[self.at + number :]
                 self.loader.corrupt(tier, gone, found, self.result)
@@ -262,17 +265,23 @@ class _Load:
 
         def fill(at: int, run: PoolRun) -> None:
             assert at >= first, "what is held cannot be missing"
-            layers = [run.layer(layer) for layer in range(len(self.loader.store.layout.layers))]
+            layers = range(len(self.loader.store.layout.layers))
+            places = [[torch.split(part, 1) for part in run.layer(layer)] for layer in layers]
 
-            def copy(number: int) -> None:
-                for stored, read in zip(layers, chunks[at - first + number], strict=True):
-                    for there, here in zip(stored, read, strict=True):
-                        there[number].copy_(here[0])
+            def copy(part: range) -> list[None]:
+                pairs = [
+                    (places[layer][number][place], kv)
+                    for place in part
+                    for layer, parts in enumerate(chunks[at - first + place])
+                    for number, kv in enumerate(parts)
+                ]
+                if pairs:
+                    _copy_all(*map(list, zip(*pairs, strict=True)))
+                return []
 
-            self.loader.each(copy, range(len(run)))
+            self.loader.each(copy, len(run))
 
-        self.loader.store.lay(self.namespace, self.tokens[:end], fill)
-        self.hold(end)
+        self._keep(self.loader.store.extend(self.namespace, self.tokens[:end], fill))
         laid = self.at - first
         self.chunks += laid
         tier.count(loaded=laid)
@@ -299,3 +308,16 @@ class _Load:
                 except CorruptValueError as error:
                     loader.corrupt(tier, [identity], error, self.result)
         return None
+
+
+_copy_all: Any = torch._foreach_copy_  # one call, which threads need not take turns for
+
+
+def _decoded(
+    value: Buffer | None, identity: Identity, layout: ChunkLayout
+) -> list[KV] | CorruptValueError | None:
+    """A chunk, or what is wrong with it."""
+    try:
+        return None if value is None else decode_chunk(value, identity, layout)
+    except CorruptValueError as error:
+        return error

@@ -185,6 +185,12 @@ class PrefixStore:
             finally:
                 self._settle(namespace)
 
+    def extend(self, namespace: bytes, tokens: list[int], fill: Fill) -> Lease:
+        """As `lay`, and holds what is stored of `tokens`, so that it cannot leave in between."""
+        with self._lock:
+            self.lay(namespace, tokens, fill)
+            return self.hold(namespace, tokens, len(tokens))
+
     def _room(self, count: int) -> PoolRun | None:
         lacking = count - self.pool.available
         if lacking > 0:
