@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +22,11 @@ from chunkcache.errors import CorruptValueError, OtherFormatError
 from chunkcache.kv.layout import KV, ChunkLayout
 from chunkcache.stores.base import Buffer, Key
 from chunkcache.tree import TOKEN_BYTES
+
+try:
+    from isal.isal_zlib import crc32  # the same numbers, ten times as fast
+except ImportError:
+    from zlib import crc32
 
 FORMAT = 1
 _DIGEST = 16  # bytes of a name
@@ -273,13 +277,13 @@ def _text(facts: dict[str, Any]) -> str:
 
 
 def _seal(facts: dict[str, Any]) -> int:
-    return zlib.crc32(_text(facts).encode())
+    return crc32(_text(facts).encode())
 
 
 def _crc(tensor: torch.Tensor) -> int:
     """Of a tensor's type, shape and numbers."""
     outline = f"{tensor.dtype} {list(tensor.shape)}"
-    return zlib.crc32(_bytes(tensor), zlib.crc32(outline.encode()))
+    return crc32(_bytes(tensor), crc32(outline.encode()))
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
