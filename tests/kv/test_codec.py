@@ -6,6 +6,7 @@ import json
 import random
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -225,3 +226,19 @@ def test_a_flip_of_any_bit_is_found_without_knowing_what_it_is_of() -> None:
             assert bits(decode_chunk(bytes(damaged), one, layout)) == bits(filled(layout))
         except CorruptValueError:
             continue
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_container_is_that_of_safetensors(kind: str) -> None:
+    """Any reader of it finds the tensors, layers that are alike together."""
+    layout, one = layout_of(kind), identity()
+    chunk = filled(layout)
+    found = safetensors.torch.load(encode_chunk(one, chunk, layout))
+    assert found.pop("tokens").numpy().tobytes() == one.data
+    assert sum(part.nbytes for part in found.values()) == layout.chunk_bytes
+    if kind == "latent":
+        assert {name: list(part.shape) for name, part in found.items()} == {
+            "layers 0-0.0": [1, 1, 4, 10],
+            "layers 1-1.0": [1, 2, 4, 4],
+            "layers 1-1.1": [1, 2, 4, 4],
+        }
