@@ -28,8 +28,9 @@ class Ahead:
             if self._threads is None:
                 self._threads = ThreadPoolExecutor(1, "prefetch")
             self._waiting += 1
-            self._threads.submit(work).add_done_callback(self._done)
-            return True
+            future = self._threads.submit(work)
+        future.add_done_callback(self._done)  # which runs here and now if it is done already
+        return True
 
     def _done(self, future: Future[None]) -> None:
         with self._lock:
