@@ -85,6 +85,7 @@ class Loader:
         self._count = count
         self._parts = min(_THREADS, torch.get_num_threads())
         others = self._parts - 1
+        # Its threads end when nobody has it any more: a request may still load when tiers are closed.
         self._threads = ThreadPoolExecutor(others, "load") if others else None
 
     def each(self, work: Callable[[range], list[Result]], items: int) -> list[Result]:
@@ -97,11 +98,6 @@ class Loader:
         found = [work(parts[0])]
         found += [other.result() for other in others]
         return [one for part in found for one in part]
-
-    def close(self) -> None:
-        """Ends its threads."""
-        if self._threads is not None:
-            self._threads.shutdown(wait=False)
 
     def load(self, namespace: bytes, tokens: list[int], have: int, limit: int) -> Loaded:
         """Brings chunks of the first `limit` tokens, of which `have` are stored, into the store.

@@ -107,4 +107,3 @@ class Tiers:
     def close(self) -> None:
         """Gives the writer a while to finish; the stores stay open."""
         self._writer.close()
-        self._loader.close()

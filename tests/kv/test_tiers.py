@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -210,3 +211,25 @@ def test_chunks_that_are_written_cannot_leave_meanwhile() -> None:
     assert tree.evict(CHUNKS) == 64
     world.tiers.close()
     world.guard.close()
+
+
+def test_a_load_goes_on_when_its_tiers_are_closed(world: World) -> None:
+    """A model may change, and its tiers with it, while a request reads."""
+    again = world.fresh()
+    world.moody.meanwhile = again.close
+    assert again.load(SPACE, TOKENS, 0, 1599).tokens == {"memory": 1596}
+    assert_right(again, 1596)
+
+
+def test_threads_end_with_their_tiers(world: World) -> None:
+    before = threading.active_count()
+    for _ in range(5):
+        again = world.fresh()
+        again.load(SPACE, TOKENS, 0, 1599)
+        again.close()
+    del again
+    gc.collect()
+    end = time.monotonic() + 30
+    while threading.active_count() > before + 4 and time.monotonic() < end:  # those of the guard
+        time.sleep(0.01)
+    assert threading.active_count() <= before + 4
