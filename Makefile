@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 PYTEST := $(BIN)/python -m pytest -p no:cacheprovider
 BENCHMARKS := $(patsubst benchmarks/%.py,benchmarks.%,$(sort $(wildcard benchmarks/bench_*.py)))
 
-.PHONY: help env demo test lint types docs bench oldest stress fuzz clean
+.PHONY: help env demo test lint types docs bench oldest stress fuzz faults clean
 
 help:
 	@echo "make demo    install into .venv and show the cache at work on the built-in model"
@@ -24,6 +24,7 @@ help:
 	@echo "make oldest  the tests that touch torch and transformers, with the oldest versions of both"
 	@echo "make stress  a million random steps on the prefix tree"
 	@echo "make fuzz    thousands of random requests to every architecture"
+	@echo "make faults  thousands of killed Redis servers, writers and servers, and damage of all kinds"
 	@echo "make clean   remove what builds and tools left behind, except .venv"
 
 env: $(READY)
@@ -72,6 +73,11 @@ stress: env
 
 fuzz: env
 	CHUNKCACHE_FUZZ=1000 $(PYTEST) tests/hf/test_zoo.py -k history
+
+# 25 times the kills of `make test`, and as many writers as CHUNKCACHE_KILLS: 5,500 in all.
+faults: env
+	OMP_NUM_THREADS=1 CHUNKCACHE_FAULTS=25 CHUNKCACHE_KILLS=1500 $(PYTEST) -n auto --maxprocesses=8 \
+		tests/faults tests/stores/test_disk.py
 
 clean:
 	rm -rf build dist *.egg-info chunkcache/native/*.so $(READY) .mypy_cache .ruff_cache .pytest_cache .hypothesis
