@@ -10,9 +10,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
+import platform
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from operator import is_
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +30,8 @@ from chunkcache.hf.settings import HOLDERS, PLAIN, VOLATILE, freeze
 from chunkcache.hf.tensors import kind, parts, raw, tensors_of
 
 _CAPTURING = "transformers.utils.output_capturing"  # its hooks only look on, if at all
+_PROCESSOR = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part")
+_SWITCHES = ("MKL_", "ONEDNN_", "DNNL_", "ATEN_", "CUBLAS_", "NVIDIA_TF32", "TORCH_ALLOW_TF32")
 _SAMPLES = 16  # values watched per tensor
 
 
@@ -61,6 +67,7 @@ def arithmetic(device: torch.device) -> dict[str, object]:
     return {
         "device": device.type,
         "processor": torch.cuda.get_device_name(device) if on_cuda else cpu,
+        "machine": _machine(),
         "torch": torch.__version__,
         "transformers": transformers_version,
         "threads": torch.get_num_threads(),
@@ -77,6 +84,21 @@ def arithmetic(device: torch.device) -> dict[str, object]:
         "onednn": backends.mkldnn.enabled,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
+
+
+@cache
+def _machine() -> str:
+    """A digest of what libraries choose their code by: processor, builds, switches of the environment.
+
+    Two machines share a store only if all of that is the same: their libraries may add in another order.
+    """
+    facts = [platform.machine(), platform.processor(), torch.__config__.show()]
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text().split("\n\n")[0].splitlines()  # of the first core
+        facts += [line for line in lines if line.startswith(_PROCESSOR)]
+    facts += [f"{key}={os.environ[key]}" for key in sorted(os.environ) if key.startswith(_SWITCHES)]
+    return hashlib.blake2b("\n".join(facts).encode(), digest_size=8).hexdigest()
 
 
 def product_type(device: torch.device) -> torch.dtype:
@@ -116,6 +138,31 @@ def namespace(
     return hashlib.blake2b(weights + text, digest_size=32).digest()
 
 
+class Tensors:
+    """Notices that tensors of a model are no longer where and what they were when it was made."""
+
+    def __init__(self, model: PreTrainedModel):
+        self._tensors = [tensor for _, tensor in tensors_of(model)]
+        self._places = self._where()
+        self._views = [_sample(tensor) for tensor in self._tensors]
+        self._values = self._read()
+
+    def same(self) -> bool:
+        """Whether they are as they were."""
+        if self._where() != self._places:
+            return False
+        return all(map(_same_bits, self._read(), self._values))
+
+    def _read(self) -> list[torch.Tensor]:
+        by_type: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+        for view in self._views:
+            by_type.setdefault((view.dtype, view.device), []).append(view)
+        return [torch.cat(views) for views in by_type.values()]
+
+    def _where(self) -> list[tuple[object, ...]]:
+        return [(tensor.data_ptr(), tensor.dtype, _version(tensor)) for tensor in self._tensors]
+
+
 class Watch:
     """Notices that a model is no longer what it was when the watch was made.
 
@@ -141,16 +188,7 @@ class Watch:
         self._originals = list(modules_of(model))
         pairs = zip(self._originals, twin.modules(), strict=True)
         self._modules = [_Module(module, twin, id(module) in free) for module, twin in pairs]
-        self._tensors = [tensor for _, tensor in tensors_of(model)]
-        self._places = self._where()
-        self._views = [_sample(tensor) for tensor in self._tensors]
-        self._values = self._read()
-
-    def _read(self) -> list[torch.Tensor]:
-        by_type: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
-        for view in self._views:
-            by_type.setdefault((view.dtype, view.device), []).append(view)
-        return [torch.cat(views) for views in by_type.values()]
+        self._tensors = Tensors(model)
 
     def changed(self) -> bool:
         """Whether weights changed in place. A few microseconds per module and tensor."""
@@ -168,16 +206,11 @@ class Watch:
 
     def same_tensors(self) -> bool:
         """Whether tensors are where and what they were: all that a running request depends on."""
-        if self._where() != self._places:
-            return False
-        return all(map(_same_bits, self._read(), self._values))
+        return self._tensors.same()
 
     def training(self) -> bool:
         """Whether any module is in training mode: dropout of an adapter that came after eval() is."""
         return any(module.training for module in self._originals)
-
-    def _where(self) -> list[tuple[object, ...]]:
-        return [(tensor.data_ptr(), tensor.dtype, _version(tensor)) for tensor in self._tensors]
 
 
 class _Module:

@@ -366,8 +366,10 @@ class CachedModel:
                 self._ahead.start(partial(self._prefetch, list(tokens)))
 
     def _prefetch(self, tokens: list[int]) -> None:
-        serving = self._state.serving()
-        serving.prefiller.prefetch(serving.space, tokens)
+        """For the model as the last request found it; if it is not that any more, nothing is done."""
+        serving = self._state.last()
+        if serving is not None:
+            serving.prefiller.prefetch(serving.space, tokens)
 
     def flush(self) -> int:
         """Drops everything that no running request holds, pinned or not; returns the chunks freed."""

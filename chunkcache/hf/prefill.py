@@ -127,7 +127,8 @@ class Prefiller:
             colder = Loaded()
             if encoding is None:
                 colder = self._load(space, tokens, stored, limit)
-                colder.add(self._fetched.pop((space.name, pack(tokens)), Loaded()))
+                fetched = self._fetched.pop((space.name, pack(tokens)), colder)
+                colder = colder if colder.tokens else fetched
             row = self._lease(space, tokens, limit, flight, encoding, colder)
         except BaseException:
             self.flights.land(flight)

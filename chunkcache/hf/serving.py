@@ -30,6 +30,8 @@ from chunkcache.stores.open import open_store, read_admission
 
 _PATIENCE = 2.0  # seconds that a request waits for a colder tier, at most, at a time
 _TRIES = 3
+_READY = 64 * 2**20  # bytes of memory that the first load finds at hand
+_DRAIN = 5.0  # seconds that the stores get at the end to take what they were offered
 _KEPT = 16  # states of adapters whose twins are kept
 
 
@@ -64,6 +66,10 @@ class Servings:
     def known(self, serving: Serving) -> bool:
         """Whether it still serves."""
         return any(one is serving for one in self._known.values())
+
+    def serving(self, proof: Proof) -> Serving | None:
+        """What works by a proof."""
+        return next((one for one in self._known.values() if one.proof is proof), None)
 
     def add(
         self,
@@ -115,6 +121,7 @@ class Servings:
         states = SnapshotWire(carrier.layout.device) if carrier.snapshots else None
         tiers = Tiers(store, self.colder, states, _PATIENCE, _about(proof))
         tiers.measure(_chunk_seconds(proof))
+        store.pool.prepare(_READY)
         return tiers
 
     @property
@@ -139,8 +146,13 @@ class Servings:
             self.store.close()
             self._snapshots = None
 
+    def settle(self) -> None:
+        """Gives the colder tiers a while to take what they were offered."""
+        if self.tiers is not None:
+            self.tiers.flush(_DRAIN)
+
     def close(self) -> None:
-        """Drops everything, and closes the colder tiers once they have what was offered."""
+        """Drops everything, and closes the colder tiers."""
         self.forget()
         for guard in self.guards:
             guard.close()
@@ -149,14 +161,19 @@ class Servings:
 def _colder(names: Sequence[str], device: torch.device) -> list[Tier]:
     """The tiers that settings name; two of a kind are told apart by a number."""
     found: list[Tier] = []
-    for name in names:
-        url, admission = read_admission(name)
-        store = open_store(url)
-        if isinstance(store, MemoryStore) and device.type == "cuda":
-            store = MemoryStore(store.budget, _pinned)
-        number = 1 + sum(tier.guard.kind == store.kind for tier in found)
-        label = store.kind if number == 1 else f"{store.kind}-{number}"
-        found.append(Tier(Guard(store, _PATIENCE), admission, label))
+    try:
+        for name in names:
+            url, admission = read_admission(name)
+            store = open_store(url)
+            if isinstance(store, MemoryStore) and device.type == "cuda":
+                store = MemoryStore(store.budget, _pinned)
+            number = 1 + sum(tier.guard.kind == store.kind for tier in found)
+            label = store.kind if number == 1 else f"{store.kind}-{number}"
+            found.append(Tier(Guard(store, _PATIENCE), admission, label))
+    except BaseException:
+        for tier in found:
+            tier.guard.close()
+        raise
     return found
 
 

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from chunkcache.attention.groups import Decisions
 from chunkcache.config import Config
-from chunkcache.errors import ModelChangedError, UnsupportedModelError
+from chunkcache.errors import ClosedError, ModelChangedError, UnsupportedModelError
 from chunkcache.hf.adapters import Switches
-from chunkcache.hf.fingerprint import Watch, arithmetic, digest_weights, namespace
+from chunkcache.hf.fingerprint import Tensors, Watch, arithmetic, digest_weights, namespace
 from chunkcache.hf.plain import compiles
 from chunkcache.hf.prefill import Prefiller, Space
 from chunkcache.hf.probe import Proof, Prover
@@ -46,10 +46,13 @@ class ModelState:
         self._epochs = itertools.count()
         self._closed = False
         self._servings = Servings(settings, model.device)
+        before = Tensors(model)
         self._weights = digest_weights(model)
         self._merged = self._switches.merged()
         self.proof: Proof = self._prove().proof
         self._watch = self._look()
+        if not before.same():  # some models scale their weights when they first run
+            self._hash()
         self._check_still()
 
     def _look(self) -> Watch:
@@ -74,6 +77,8 @@ class ModelState:
     def serving(self) -> Serving:
         """What serves the model as it is now; forgets the chunks of changed weights."""
         with self._lock:
+            if self._closed:
+                raise ClosedError("this wrapper was closed; wrap the model again")
             self._follow_weights()
             if self.proof.arithmetic != arithmetic(self.model.device):
                 self._servings.forget()
@@ -84,10 +89,21 @@ class ModelState:
     def _follow_weights(self) -> None:
         changed, merged = self._watch.changed(), self._switches.merged()
         if changed or merged != self._merged:
-            self._weights, self._merged = digest_weights(self.model), merged
-            self._watch = self._look()
-            if self._servings.rename(self._space):
+            self._merged = merged
+            if self._hash():
                 self.flush()
+
+    def _hash(self) -> bool:
+        """Names the weights as they are now; whether that changed a name.
+
+        Raises:
+            ModelChangedError: they change meanwhile; what is computed would lie under a wrong name.
+        """
+        self._watch = self._look()
+        self._weights = digest_weights(self.model)
+        if not self._watch.same_tensors():
+            raise ModelChangedError("the weights changed while they were hashed; try again")
+        return self._servings.rename(self._space)
 
     def _prove(self) -> Serving:
         """Proves the model with its adapters as they are."""
@@ -123,6 +139,11 @@ class ModelState:
         """Whether the model, or a part of it, is in training mode."""
         return self._watch.training()
 
+    def last(self) -> Serving | None:
+        """What served the last request, if it still may; looks at nothing that takes time."""
+        with self._lock:
+            return self._servings.serving(self.proof)
+
     @property
     def store(self) -> PrefixStore:
         """Everything that is stored."""
@@ -151,5 +172,8 @@ class ModelState:
 
     def close(self) -> None:
         """Drops everything; nothing is stored from now on."""
-        self._closed = True
-        self._servings.close()
+        with self._lock:
+            self._closed = True
+        self._servings.settle()  # requests that run meanwhile do not wait for that
+        with self._lock:
+            self._servings.close()

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save
 
-from chunkcache.errors import CorruptValueError, OtherFormatError
+from chunkcache.errors import CorruptValueError, OtherFormatError, StoreDownError
 from chunkcache.kv.layout import KV, ChunkLayout
 from chunkcache.stores.base import Buffer, Key
 from chunkcache.tree import TOKEN_BYTES
@@ -33,6 +34,7 @@ _DIGEST = 16  # bytes of a name
 _TOKENS, _FACTS = "tokens", "chunkcache"  # names in the container
 _PACKED = "zstd, bytes of numbers apart"
 _LEVEL = 1
+_RATIO = 100_000  # bytes from one, at most: zeros
 _STATE = ".state"  # behind the names of snapshots
 _TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -113,7 +115,7 @@ def _part(run: range, part: int) -> str:
 def decode_chunk(value: Buffer, identity: Identity, layout: ChunkLayout) -> list[KV]:
     """The layers of a chunk, `[1, ...]` in the shape (not the memory) of the device's layout.
 
-    Tensors lie in memory of their own on the CPU. O(bytes).
+    Tensors are views of the value if that can be written to, else of a copy. O(bytes).
 
     Raises:
         CorruptValueError: it is damaged, of another format, or not of `identity` and `layout`.
@@ -216,7 +218,10 @@ def _decode(value: Buffer, identity: Identity) -> tuple[dict[str, torch.Tensor],
         raise CorruptValueError(f"{key} cannot be read: {error}") from error
 
 
-_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RuntimeError)
+_UNREADABLE = (
+    ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError, RecursionError,
+    MemoryError,
+)  # fmt: skip
 
 
 def _parts(value: Buffer, key: Key) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -248,6 +253,8 @@ def _tensor(
     kind = _TYPES[dtype]
     if len(data) != data_offsets[1] - data_offsets[0]:
         raise ValueError("it is cut off")
+    if min(shape, default=0) < 0 or math.prod(shape) * kind.itemsize != len(data):
+        raise ValueError("a tensor is of another size than its shape")
     return (
         torch.frombuffer(data, dtype=kind).view(shape) if data else torch.empty(shape, dtype=kind)
     )
@@ -314,11 +321,18 @@ def _unpacked(tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> dict[s
 
 
 def _unpack(packed: torch.Tensor, dtype: str, shape: list[int]) -> torch.Tensor:
-    import zstandard
-
+    try:
+        import zstandard
+    except ImportError as error:  # whoever has it can read the value, so it is not damaged
+        raise StoreDownError("a value is compressed; pip install zstandard to read it") from error
     kind = getattr(torch, dtype.removeprefix("torch."))
-    size = kind.itemsize * torch.Size(shape).numel()
-    raw = zstandard.ZstdDecompressor().decompress(_bytes(packed), max_output_size=size)
+    size = kind.itemsize * math.prod(shape)
+    if size > _RATIO * packed.numel():
+        raise ValueError("it would unpack to far more than was ever packed")
+    try:
+        raw = zstandard.ZstdDecompressor().decompress(_bytes(packed), max_output_size=size)
+    except zstandard.ZstdError as error:
+        raise ValueError(f"it does not unpack: {error}") from error
     if len(raw) != size:
         raise ValueError("it unpacks to another length")
     if not size:

@@ -1,20 +1,19 @@
 """From colder tiers into the pool: what a prompt needs behind its match.
 
 Tiers are asked in order, each from where the one before ended. Values are checked, and the first that
-is missing or damaged ends a tier's part. While one batch is checked and laid into the pool, the next one
-is read. Both are done by several threads: half of the time goes into memory that is touched for the
-first time.
+is missing or damaged ends a tier's part. While one batch is laid into the pool, the next one is read and
+checked in a thread of the store's guard.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from time import monotonic
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -24,15 +23,12 @@ from chunkcache.kv.layout import KV, ChunkLayout
 from chunkcache.kv.pool import PoolRun
 from chunkcache.kv.store import PrefixStore
 from chunkcache.kv.tier import Tier, batch_of
-from chunkcache.stores.base import Buffer
+from chunkcache.stores.base import Buffer, Key
 from chunkcache.tree import Lease, Snapshot, pack
 
 _log = logging.getLogger(__name__)
-_THREADS = 4
-Result = TypeVar("Result")
 Count = Callable[[str, int], None]
-Values = Sequence[Buffer | None]
-Reading = Callable[[], Values]
+Drop = Callable[[Tier, Sequence[Key]], None]
 
 
 class States(Protocol):
@@ -43,6 +39,13 @@ class States(Protocol):
 
     def put_together(self, tensors: tuple[torch.Tensor, ...], plain: Any) -> Snapshot:
         """The inverse."""
+
+
+class Found(NamedTuple):
+    """A chunk that was read and checked, and the bytes of its value."""
+
+    layers: list[KV]
+    bytes: int
 
 
 @dataclass
@@ -56,18 +59,14 @@ class Loaded:
     tokens: dict[str, int] = field(default_factory=dict)
     reason: str | None = None
 
-    def add(self, other: Loaded) -> None:
-        """Counts what came before for the same prompt."""
-        for name, count in other.tokens.items():
-            self.tokens[name] = self.tokens.get(name, 0) + count
-
 
 class Loader:
     """See the module. Thread-safe.
 
     Args:
-        patience: seconds after which one load asks for nothing more.
+        patience: seconds that one load may take.
         count: adds to sums by name.
+        drop: has a tier forget values, some time.
     """
 
     def __init__(
@@ -77,27 +76,14 @@ class Loader:
         states: States | None,
         patience: float,
         count: Count,
+        drop: Drop,
     ):
         self.store = store
         self.tiers = tiers
         self.states = states
         self.patience = patience
         self._count = count
-        self._parts = min(_THREADS, torch.get_num_threads())
-        others = self._parts - 1
-        # Its threads end when nobody has it any more: a request may still load when tiers are closed.
-        self._threads = ThreadPoolExecutor(others, "load") if others else None
-
-    def each(self, work: Callable[[range], list[Result]], items: int) -> list[Result]:
-        """`work` of all items in order, a part of them in each thread."""
-        if self._threads is None or items < 2:
-            return work(range(items))
-        middle = -(-items // self._parts)
-        parts = [range(at, min(items, at + middle)) for at in range(0, items, middle)]
-        others = [self._threads.submit(work, part) for part in parts[1:]]
-        found = [work(parts[0])]
-        found += [other.result() for other in others]
-        return [one for part in found for one in part]
+        self._drop = drop
 
     def load(self, namespace: bytes, tokens: list[int], have: int, limit: int) -> Loaded:
         """Brings chunks of the first `limit` tokens, of which `have` are stored, into the store.
@@ -113,34 +99,6 @@ class Loader:
             self._count("loaded", load.chunks)
             return load.result
 
-    # -- one tier
-
-    def ask(self, tier: Tier, batch: Sequence[Identity], result: Loaded) -> Reading:
-        """Starts to read; the values are None where nothing came."""
-        nothing = [None] * len(batch)
-        try:
-            reading = tier.guard.begin([identity.key for identity in batch])
-        except StoreError as error:
-            self.failed(error, result)
-            return lambda: nothing
-
-        def wait() -> Values:
-            try:
-                return reading()
-            except StoreError as error:
-                self.failed(error, result)
-                return nothing
-
-        return wait
-
-    def exist(self, tier: Tier, batch: Sequence[Identity], result: Loaded) -> Sequence[bool]:
-        """Whether values are there."""
-        try:
-            return tier.guard.exists([identity.key for identity in batch])
-        except StoreError as error:
-            self.failed(error, result)
-            return [False] * len(batch)
-
     def corrupt(
         self, tier: Tier, gone: Sequence[Identity], error: CorruptValueError, result: Loaded
     ) -> None:
@@ -148,16 +106,16 @@ class Loader:
         self._count("corrupt", 1)
         result.reason = "corrupt"
         _log.warning("a value of the %s store is not used: %s", tier.name, error)
-        try:
-            tier.guard.delete([identity.key for identity in gone])
-        except StoreError as down:
-            self.failed(down, result)
+        self._drop(tier, [identity.key for identity in gone])
 
     def failed(self, error: StoreError, result: Loaded) -> None:
         """Counts a tier that could not be asked."""
         self._count("failed", 1)
         result.reason = result.reason or "store down"
         _log.info("a colder tier is left out: %s", error)
+
+
+Reading = Callable[[], Sequence[Found | CorruptValueError]]
 
 
 class _Load:
@@ -192,10 +150,10 @@ class _Load:
     def run(self) -> None:
         """Reads what is missing up to the end of the path, as far as it goes."""
         for tier in self.loader.tiers:
-            left = len(self.path) - self.at
-            if left <= 0 or monotonic() >= self.end:
+            missing = len(self.path) - self.at
+            if missing <= 0 or self.left <= 0:
                 return
-            if tier.pays(left):
+            if tier.pays(missing):
                 begin, before = monotonic(), self.chunks
                 self._read(tier)
                 tier.pace.observe(self.chunks - before, monotonic() - begin)
@@ -216,41 +174,55 @@ class _Load:
             self.result.tokens = {}
 
     def _read(self, tier: Tier) -> None:
-        """Lays down what a tier has without a gap, reading the next batch meanwhile."""
+        """Lays down what a tier has without a gap; the next batch is read and checked meanwhile."""
         size = batch_of(self.loader.store.layout)
         batch = self.path[self.at : self.at + size]
-        reading = self.loader.ask(tier, batch, self.result)
+        reading = self._ask(tier, batch)
         while batch:
-            values, ahead = reading(), self.at + len(batch)
-            following = self.path[ahead : ahead + size] if self._goes_on(values) else []
+            found, ahead = reading(), self.at + len(batch)
+            whole = len(found) == len(batch) and isinstance(found[-1], Found)
+            following = self.path[ahead : ahead + size] if whole and self.left > 0 else []
             if following:
-                reading = self.loader.ask(tier, following, self.result)
-            chunks = self._checked(tier, batch, values)
+                reading = self._ask(tier, following)
+            chunks = self._usable(tier, found)
             if self._lay(tier, chunks) < len(batch):
-                if following:
-                    reading()  # what was begun is waited for
                 return
             batch = following
 
-    def _goes_on(self, values: Values) -> bool:
-        return None not in values and monotonic() < self.end
+    @property
+    def left(self) -> float:
+        """Seconds that stores may still take."""
+        return self.end - monotonic()
 
-    def _checked(self, tier: Tier, batch: Sequence[Identity], values: Values) -> list[list[KV]]:
+    def _ask(self, tier: Tier, batch: Sequence[Identity]) -> Reading:
+        """Starts to read and check; nothing is found where the store fails."""
+        keys = [identity.key for identity in batch]
+        decode = partial(_decoded, batch, self.loader.store.layout)
+        try:
+            reading = tier.guard.begin(keys, decode, self.left)
+        except StoreError as error:
+            self.loader.failed(error, self.result)
+            return list
+
+        def wait() -> Sequence[Found | CorruptValueError]:
+            try:
+                return reading()
+            except StoreError as error:
+                self.loader.failed(error, self.result)
+                return []
+
+        return wait
+
+    def _usable(self, tier: Tier, found: Sequence[Found | CorruptValueError]) -> list[list[KV]]:
         """Chunks up to the first that is missing or damaged."""
         chunks: list[list[KV]] = []
-        layout = self.loader.store.layout
-
-        def check(part: range) -> list[list[KV] | CorruptValueError | None]:
-            return [_decoded(values[number], batch[number], layout) for number in part]
-
-        for number, found in enumerate(self.loader.each(check, len(batch))):
-            if isinstance(found, CorruptValueError):  # and nobody gets at what lies behind it
+        for number, one in enumerate(found):
+            if isinstance(one, CorruptValueError):  # and nobody gets at what lies behind it
                 gone = self.path[self.at + number :]
-                self.loader.corrupt(tier, gone, found, self.result)
-            if not isinstance(found, list):
-                break
-            chunks.append(found)
-            tier.moved("loaded", batch[number], len(values[number] or b""))
+                self.loader.corrupt(tier, gone, one, self.result)
+            else:
+                chunks.append(one.layers)
+                tier.moved("loaded", self.path[self.at + number], one.bytes)
         return chunks
 
     def _lay(self, tier: Tier, chunks: Sequence[list[KV]]) -> int:
@@ -263,19 +235,14 @@ class _Load:
             assert at >= first, "what is held cannot be missing"
             layers = range(len(self.loader.store.layout.layers))
             places = [[torch.split(part, 1) for part in run.layer(layer)] for layer in layers]
-
-            def copy(part: range) -> list[None]:
-                pairs = [
-                    (places[layer][number][place], kv)
-                    for place in part
-                    for layer, parts in enumerate(chunks[at - first + place])
-                    for number, kv in enumerate(parts)
-                ]
-                if pairs:
-                    _copy_all(*map(list, zip(*pairs, strict=True)))
-                return []
-
-            self.loader.each(copy, len(run))
+            pairs = [
+                (places[layer][part][place], tensor)
+                for place, chunk in enumerate(chunks[at - first : at - first + len(run)])
+                for layer, kv in enumerate(chunk)
+                for part, tensor in enumerate(kv)
+            ]
+            if pairs:
+                _copy_all(*map(list, zip(*pairs, strict=True)))
 
         self._keep(self.loader.store.extend(self.namespace, self.tokens[:end], fill))
         laid = self.at - first
@@ -288,32 +255,49 @@ class _Load:
 
     def _state(self, states: States) -> tuple[int, Snapshot] | None:
         """The deepest state that any tier has behind one of the chunks that are missing."""
-        loader = self.loader
         numbers = range(len(self.path) - 1, self.at - 1, -1)
         wanted = [self.path[number].snapshot() for number in numbers]
-        there = [loader.exist(tier, wanted, self.result) for tier in loader.tiers]
+        there = [self._exist(tier, wanted) for tier in self.loader.tiers]
         for place, (number, identity) in enumerate(zip(numbers, wanted, strict=True)):
-            for tier, known in zip(loader.tiers, there, strict=True):
-                if not known[place] or monotonic() >= self.end:
-                    continue
-                (value,) = loader.ask(tier, [identity], self.result)()
-                if value is None:
-                    continue
-                try:
-                    return number, states.put_together(*decode_state(value, identity))
-                except CorruptValueError as error:
-                    loader.corrupt(tier, [identity], error, self.result)
+            for tier, known in zip(self.loader.tiers, there, strict=True):
+                if known[place] and self.left > 0:
+                    state = self._read_state(tier, identity, states)
+                    if state is not None:
+                        return number, state
+        return None
+
+    def _exist(self, tier: Tier, batch: Sequence[Identity]) -> Sequence[bool]:
+        try:
+            return tier.guard.exists([identity.key for identity in batch], self.left)
+        except StoreError as error:
+            self.loader.failed(error, self.result)
+            return [False] * len(batch)
+
+    def _read_state(self, tier: Tier, identity: Identity, states: States) -> Snapshot | None:
+        try:
+            (value,) = tier.guard.begin([identity.key], list, self.left)()
+            return None if value is None else states.put_together(*decode_state(value, identity))
+        except CorruptValueError as error:
+            self.loader.corrupt(tier, [identity], error, self.result)
+        except StoreError as error:
+            self.loader.failed(error, self.result)
         return None
 
 
-_copy_all: Any = torch._foreach_copy_  # one call, which threads need not take turns for
+_copy_all: Any = torch._foreach_copy_  # one call for all tensors of a batch
 
 
 def _decoded(
-    value: Buffer | None, identity: Identity, layout: ChunkLayout
-) -> list[KV] | CorruptValueError | None:
-    """A chunk, or what is wrong with it."""
-    try:
-        return None if value is None else decode_chunk(value, identity, layout)
-    except CorruptValueError as error:
-        return error
+    batch: Sequence[Identity], layout: ChunkLayout, values: Sequence[Buffer | None]
+) -> list[Found | CorruptValueError]:
+    """Chunks up to the first that is missing, or damaged; that is the last then."""
+    found: list[Found | CorruptValueError] = []
+    for identity, value in zip(batch, values, strict=True):
+        try:
+            if value is None:
+                break
+            found.append(Found(decode_chunk(value, identity, layout), len(value)))
+        except CorruptValueError as error:
+            found.append(error)
+            break
+    return found

@@ -19,6 +19,7 @@ from sortedcontainers import SortedList
 
 from chunkcache.errors import ConfigError
 from chunkcache.kv.layout import KV, ChunkLayout
+from chunkcache.kv.memory import populate
 
 SLAB_BYTES = 256 * 2**20
 _ID_BYTES = 4  # what the tree keeps of a token
@@ -123,6 +124,14 @@ class Pool:
                 self._give(length - count, slab, start + count)
             self.used += count
             return PoolRun(self, slab, start, count)
+
+    def prepare(self, size: int) -> None:
+        """Has memory for the first `size` bytes of chunks at hand, so that no request waits for it."""
+        with self._lock:
+            if not self._slabs:
+                self._grow(1)
+            for part in (part for layer in self._slabs[0] for part in layer):
+                populate(part[: max(1, size // self.chunk_bytes)])
 
     def free(self, run: PoolRun) -> None:
         """Takes a run (or a part of one) back; merges it with free neighbours. O(log n)."""

@@ -18,6 +18,7 @@ from chunkcache.tree import TOKEN_BYTES, Node
 _SAMPLES = 9  # loads whose median counts, so that one that was disturbed does not
 _AGAIN = 32  # of so many loads that seem not to pay, one is done all the same: things change
 _TRIES = 5
+_HEAD = 2048  # bytes of a value that are no numbers, at most
 _NEVER = 2**32  # chunks, which no prompt has
 _GRAIN = 0.005  # seconds that are lost in what else a machine does
 _BATCH = 4 * 2**20  # bytes that are read or written together
@@ -98,6 +99,12 @@ class Tier:
             node = node.parent
         end = 0 if node is None else node.start + node.token_count
         return end if depth is None else min(end, depth)
+
+    def room(self, layout: ChunkLayout) -> int:
+        """Chunks of one prompt that it can hold; a longer path would drive out its own beginning."""
+        budget = self.guard.store.budget
+        size = int(1.1 * layout.chunk_bytes) + _HEAD + TOKEN_BYTES * layout.chunk_size
+        return _NEVER if budget is None else budget // size
 
     def pays(self, chunks: int) -> bool:
         """Whether it should be asked for so many chunks."""

@@ -48,8 +48,8 @@ class Tiers:
         self.tiers = tuple(tiers)
         self.counts: Counter[str] = Counter()
         self._counting = threading.Lock()
-        self._loader = Loader(store, self.tiers, states, patience, self._count)
         self._writer = Writer(store, self.tiers, states, self._count, about or {})
+        self._loader = Loader(store, self.tiers, states, patience, self._count, self._writer.drop)
 
     def _count(self, what: str, number: int) -> None:
         with self._counting:
@@ -105,5 +105,5 @@ class Tiers:
         return self._writer.flush(timeout)
 
     def close(self) -> None:
-        """Gives the writer a while to finish; the stores stay open."""
+        """Lets the writer take no more; what waits is dropped, and the stores stay open."""
         self._writer.close()

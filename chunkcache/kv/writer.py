@@ -14,8 +14,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from time import monotonic
 from typing import Any
+
+import torch
 
 from chunkcache.errors import StoreError
 from chunkcache.kv.codec import Identity, encode_chunk, encode_state, identities
@@ -32,7 +35,6 @@ _QUEUE = 64  # paths that wait
 _PART = 50  # while requests run, one part in so many of the time is spent here
 _AGAIN = 60.0  # seconds after which a path that is used again and again is looked at again
 _REMEMBERED = 4096  # paths
-_DRAIN = 5.0  # seconds that close() gives
 Encode = Callable[[bool], bytes]  # compressed or not
 
 
@@ -82,6 +84,7 @@ class Writer:
         self.about = about
         self._count = count
         self._queue: list[Path] = []
+        self._gone: list[tuple[Tier, Sequence[Key]]] = []
         self._changed = threading.Condition()
         self._seen: OrderedDict[int, float] = OrderedDict()
         self._closed = self._busy = False
@@ -131,26 +134,46 @@ class Writer:
                 self._seen.popitem(last=False)
         self.offer(path)
 
+    def drop(self, tier: Tier, keys: Sequence[Key]) -> None:
+        """Has a tier forget values before it is given anything else; never waits."""
+        with self._changed:
+            if not self._closed:
+                self._gone.append((tier, keys))
+                self._awake()
+
+    def _awake(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="write-behind", daemon=True)
+            self._thread.start()
+        self._changed.notify_all()
+
     # -- the thread
 
     def _work(self) -> None:
-        while (path := self._next()) is not None:
+        while (job := self._next()) is not None:
             try:
-                self.save(path)
+                if isinstance(job, Path):
+                    self.save(job)
+                else:
+                    job[0].guard.delete(job[1])
+            except StoreError as error:
+                self.failed(error)
             except Exception:
                 self._count("failed", 1)
                 _log.exception("a stored prefix was not written to colder tiers")
 
-    def _next(self) -> Path | None:
+    def _next(self) -> Path | tuple[Tier, Sequence[Key]] | None:
         with self._changed:
             self._busy = False
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._queue or self._closed)
+            self._changed.wait_for(lambda: self._gone or self._queue or self._closed)
+            self._busy = bool(self._gone or self._queue)
+            if self._gone:
+                return self._gone.pop(0)
             if not self._queue:
                 return None
             path = max(self._queue, key=lambda one: one.rank)
             self._queue.remove(path)
-            self._busy = True
             return path
 
     def _pause(self, worked: float) -> None:
@@ -188,19 +211,34 @@ class Writer:
             self._waiting += 1
             self._changed.notify_all()
             try:
-                return self._changed.wait_for(lambda: not self._queue and not self._busy, timeout)
+                return self._changed.wait_for(self._idle, timeout)
             finally:
                 self._waiting -= 1
 
+    def _idle(self) -> bool:
+        return not (self._queue or self._gone or self._busy)
+
     def close(self) -> None:
-        """Takes no more, and gives the thread a while to finish."""
-        done = self.flush(_DRAIN)
+        """Takes no more; what waits is dropped. Waits for nothing."""
         with self._changed:
             self._closed = True
-            if not done:
-                self._count("dropped", len(self._queue))
-                self._queue.clear()
+            self._count("dropped", len(self._queue))
+            self._queue.clear()
             self._changed.notify_all()
+
+
+@dataclass
+class _Share:
+    """What of a path a tier admits and has room for, and what of that it lacks."""
+
+    belongs: list[Identity]
+    lacks: set[Identity]
+    takes: bool = True  # until it fails, or keeps less than it is given
+
+    @property
+    def whole(self) -> list[Identity]:
+        """What it has, without a gap."""
+        return list(takewhile(lambda one: one not in self.lacks, self.belongs))
 
 
 class _Save:
@@ -214,22 +252,46 @@ class _Save:
         self.tokens: list[int] = unpack(path.data).tolist()
         self.chain = identities(path.namespace, path.data, self.layout.chunk_size)
         self.done = 0  # chunks
+        self.states: set[Key] = set()  # that cannot be stored
         with self._hold(len(self.tokens)) as lease:
-            named = path.name is not None
-            self.ends = {tier: tier.admits(lease.match.node, named) for tier in writer.tiers}
             self.chain = self.chain[: lease.tokens // self.layout.chunk_size]
+            named = path.name is not None
+            admitted = {tier: tier.admits(lease.match.node, named) for tier in writer.tiers}
+        self.shares = {tier: self._share(tier, tokens) for tier, tokens in admitted.items()}
+
+    def _share(self, tier: Tier, tokens: int) -> _Share:
+        """A tier's part of the path.
+
+        All is asked for at once, which is a use of each chunk, so that the end of a path leaves before
+        its beginning, whatever is written meanwhile.
+        """
+        most = tier.room(self.layout)
+        belong = self.chain[: min(most, tokens // self.layout.chunk_size)]
+        try:
+            there = tier.guard.exists([one.key for one in belong]) if belong else []
+        except StoreError as error:
+            self.writer.failed(error)
+            return _Share([], set(), takes=False)
+        lacks = {one for one, known in zip(belong, there, strict=True) if not known}
+        return _Share(belong, lacks)
 
     def _hold(self, tokens: int) -> Lease:
         return self.store.hold(self.path.namespace, self.tokens, tokens)
 
     @property
     def left(self) -> bool:
-        """Whether a tier may lack chunks that are stored."""
-        most = max(self.ends.values(), default=0)
-        return self.done < min(len(self.chain), most // self.layout.chunk_size)
+        """Whether a tier lacks chunks that may be stored here."""
+        return self.done < len(self.chain) and bool(self._lacking)
+
+    @property
+    def _lacking(self) -> set[Identity]:
+        shares = self.shares.values()
+        later = {one for share in shares if share.takes for one in share.lacks}
+        return later.difference(self.chain[: self.done])
 
     def step(self) -> int:
         """Writes a batch, parents first; returns the values written."""
+        self._skip()
         end = min(len(self.chain), self.done + batch_of(self.layout))
         with self._hold(end * self.layout.chunk_size) as lease:
             end = min(end, lease.tokens // self.layout.chunk_size)
@@ -237,30 +299,36 @@ class _Save:
             if not batch:  # evicted meanwhile
                 self.chain = self.chain[: self.done]
                 return 0
+            _settled(self.layout.device)
             values = {one: _once(partial(self._encode, one, lease)) for one in batch}
-            written = sum(self._put(tier, values) for tier in list(self.ends))
+            written = sum(self._put(tier, values) for tier in self.shares)
         self.done = end
         return written
 
+    def _skip(self) -> None:
+        """Goes on to the first chunk that a tier lacks."""
+        lacking = self._lacking
+        while self.chain[self.done] not in lacking:
+            self.done += 1
+
     def _put(self, tier: Tier, values: dict[Identity, Encode]) -> int:
-        """Gives a tier the values that it admits and lacks."""
-        size = self.layout.chunk_size
-        batch = [one for one in values if one.start + size <= self.ends[tier]]
+        """Gives a tier what it lacks of some chunks; it gets no more once it keeps less than that."""
+        share = self.shares[tier]
+        new = [one for one in values if one in share.lacks] if share.takes else []
+        if not new:
+            return 0
+        encoded = [(one.key, values[one](tier.admission.compress)) for one in new]
         try:
-            there = tier.guard.exists([one.key for one in batch]) if batch else []
-            new = [one for one, known in zip(batch, there, strict=True) if not known]
-            if not new:
-                return 0
-            encoded = [(one.key, values[one](tier.admission.compress)) for one in new]
             written = tier.guard.put(encoded)
         except StoreError as error:
-            del self.ends[tier]
+            share.takes = False
             self.writer.failed(error)
             return 0
+        share.lacks -= set(new[:written])
+        share.takes = written == len(new)
         tier.count(saved=written)
-        if not new[0].is_snapshot:
-            for one, (_, value) in zip(new, encoded, strict=True):
-                tier.moved("saved", one, len(value))
+        for one, (_, value) in zip(new[:written], encoded, strict=False):
+            tier.moved("saved", one, len(value))
         return written
 
     def _encode(self, identity: Identity, lease: Lease, compress: bool) -> bytes:
@@ -281,45 +349,59 @@ class _Save:
     # -- what lies behind chunks
 
     def finish(self) -> int:
-        """Writes snapshots and notes; returns the snapshots written."""
-        if not self.done:
-            return 0
+        """Writes snapshots and notes, and notes a use of the whole path; returns the snapshots written."""
         written = 0
-        with self._hold(self.done * self.layout.chunk_size) as lease:
-            for values in self._states(lease):
-                written += sum(self._put(tier, values) for tier in list(self.ends))
-        for tier in list(self.ends):
-            self._note(tier)
+        for tier, share in self.shares.items():
+            whole = share.whole
+            if not whole:
+                continue
+            try:
+                if self.writer.states is not None:
+                    written += self._put_states(tier, whole)
+                self._note(tier, whole[-1])
+                if self.done:
+                    tier.guard.exists([one.key for one in whole])
+            except StoreError as error:
+                self.writer.failed(error)
         return written
 
-    def _states(self, lease: Lease) -> list[dict[Identity, Encode]]:
-        """The snapshots on the path, the deepest first."""
-        states, end = self.writer.states, lease.tokens
-        found: list[dict[Identity, Encode]] = []
-        while states is not None and (resume := lease.snapshot(end)) and resume.position:
-            identity = self.chain[resume.position // self.layout.chunk_size - 1].snapshot()
-            try:
-                parts = states.take_apart(resume.snapshot)
-                found.append({identity: _once(partial(encode_state, identity, *parts))})
-            except TypeError as error:
-                _log.info("a snapshot cannot be stored: %s", error)
-            end = resume.position - 1
-        return found
+    def _put_states(self, tier: Tier, whole: Sequence[Identity]) -> int:
+        """The snapshots behind chunks that a tier has."""
+        assert self.writer.states is not None
+        end, written = len(whole) * self.layout.chunk_size, 0
+        with self._hold(end) as lease:
+            while (resume := lease.snapshot(end)) and resume.position:
+                end = resume.position - 1
+                one = self.chain[resume.position // self.layout.chunk_size - 1].snapshot()
+                if one.key in self.states or tier.guard.exists([one.key]) == [True]:
+                    continue
+                try:
+                    parts = self.writer.states.take_apart(resume.snapshot)
+                    value = encode_state(one, *parts, tier.admission.compress)
+                except TypeError as error:
+                    _log.info("a snapshot cannot be stored: %s", error)
+                    self.states.add(one.key)
+                    continue
+                written += tier.guard.put([(one.key, value)])
+        tier.count(saved=written)
+        return written
 
-    def _note(self, tier: Tier) -> None:
+    def _note(self, tier: Tier, last: Identity) -> None:
         """Says which model this is of, and which prompt."""
-        last = self.chain[self.done - 1]
         notes: dict[Key, dict[str, Any]] = {model_key(self.path.namespace): self.writer.about}
         if self.path.name is not None:
-            tokens = self.done * self.layout.chunk_size
+            tokens = last.start + self.layout.chunk_size
             notes[prompt_key(last)] = {"name": self.path.name, "tokens": tokens}
-        try:
-            there = tier.guard.exists(list(notes))
-            new = [key for key, known in zip(notes, there, strict=True) if not known]
-            if new and self.ends[tier]:
-                tier.guard.put([(key, encode_note(notes[key])) for key in new])
-        except StoreError as error:
-            self.writer.failed(error)
+        there = tier.guard.exists(list(notes))
+        new = [key for key, known in zip(notes, there, strict=True) if not known]
+        if new:
+            tier.guard.put([(key, encode_note(notes[key])) for key in new])
+
+
+def _settled(device: torch.device) -> None:
+    """Waits until what other streams compute on a device is there."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def _once(encode: Encode) -> Encode:

@@ -89,6 +89,7 @@ class Store(ABC):
     """
 
     kind: str
+    budget: int | None = None  # bytes it may hold; None if it has no limit of its own
 
     @abstractmethod
     def get(self, keys: Sequence[Key]) -> list[Buffer | None]:

@@ -48,6 +48,7 @@ class DiskStore(Store):
     """
 
     kind = "disk"
+    budget: int
 
     def __init__(
         self, folder: str | Path, budget: int, ttl: float | None = None, timeout: float = 1.0
@@ -141,7 +142,9 @@ class DiskStore(Store):
         for number, (name, there) in enumerate(zip(names, found, strict=True)):
             if there:
                 used = now - number * _STEP
-                self._used[name] = used
+                if self._index is not None:
+                    with self._lock:
+                        self._used[name] = used
                 try:
                     os.utime(self._path(name), (used, used))
                 except OSError:

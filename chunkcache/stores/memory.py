@@ -19,6 +19,7 @@ class MemoryStore(Store):
     """
 
     kind = "memory"
+    budget: int
 
     def __init__(self, budget: int, allocate: Callable[[int], memoryview] | None = None):
         self.budget = budget

@@ -26,6 +26,7 @@ PART = 512 * 1024  # bytes; redis-py reads longer answers slowly
 _PREFIX = "chunkcache"
 _MAGIC = b"ckr1"
 _HEAD = struct.Struct(">4sIQ")  # magic, parts, bytes of the whole value
+_LARGEST = 2**32  # bytes of a value; a chunk of the largest models is a tenth of that
 _DIGEST = 8  # bytes of the digest in the names of parts
 _BATCH = 16 * 2**20  # bytes that are on their way at once
 _PAGE = 512  # keys that are looked at together
@@ -342,6 +343,8 @@ def _head(head: bytes | None) -> tuple[int, int] | None:
     if head is None or len(head) < _HEAD.size:
         return None
     magic, count, size = _HEAD.unpack_from(head)
+    if size > _LARGEST:
+        return None
     wanted = 0 if size <= PART else -(-size // PART)
     return (count, size) if magic == _MAGIC and count == wanted else None
 

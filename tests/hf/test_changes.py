@@ -11,6 +11,7 @@ import chunkcache
 from chunkcache.attention.partial import partial
 from chunkcache.attention.rule import Rule
 from chunkcache.attention.workspace import Workspace
+from chunkcache.hf import fingerprint, state
 from tests.models import (
     DEVICE,
     FULL_ATTENTION,
@@ -243,3 +244,62 @@ def test_only_real_answer_tokens_are_counted():
     cached = wrapped(tiny("llama"))
     run(cached, prompt(30), new=7)
     assert cached.stats().generated_tokens == 7
+
+
+def test_weights_that_change_while_they_are_hashed_are_noticed(monkeypatch) -> None:
+    """Else what the new ones compute would lie under the name of the old ones, in stores too."""
+    model = build("llama", FULL_ATTENTION["llama"])
+    cached = chunkcache.wrap(model)
+    digest, changed = state.digest_weights, []
+
+    def slow(one):
+        found = digest(one)
+        if len(changed) < 1:
+            with torch.no_grad():
+                next(model.parameters()).mul_(2)
+            changed.append(True)
+        return found
+
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    monkeypatch.setattr(state, "digest_weights", slow)
+    with pytest.raises(chunkcache.ModelChangedError, match="while they were hashed"):
+        cached._state.serving()
+    space = cached._state.serving().space
+    with chunkcache.wrap(model) as fresh:
+        assert fresh._state.serving().space.name == space.name
+    changed.clear()
+    with chunkcache.wrap(model) as during, chunkcache.wrap(model) as fresh:
+        assert changed and during._state.serving().space.name == fresh._state.serving().space.name
+    cached.close()
+
+
+def test_preparing_prompts_looks_at_no_weights(monkeypatch, tmp_path) -> None:
+    """It runs in the background, where the weights may be changing."""
+    model = build("llama", FULL_ATTENTION["llama"])
+    config = chunkcache.Config(chunk_size=16, stores=[f"disk:{tmp_path}/store?load=always"])
+    with chunkcache.wrap(model, config=config) as cached:
+        ids = 2 + torch.arange(64)[None] % 30
+        cached.generate(ids, max_new_tokens=1)
+        assert cached.settle(30)
+        cached.flush()
+        with torch.no_grad():
+            next(model.parameters()).mul_(2)
+        monkeypatch.setattr(state, "digest_weights", lambda one: 1 / 0)
+        cached._prefetch(ids[0].tolist())
+        assert cached.stats().stores["loaded"] == 0
+
+
+def test_what_libraries_choose_their_code_by_is_in_the_name(monkeypatch) -> None:
+    """Stores are shared by machines; there the same switches, and the same processor, may be missing."""
+    model = build("llama", FULL_ATTENTION["llama"])
+    names = []
+    for switches in ({}, {"MKL_CBWR": "COMPATIBLE"}, {"ONEDNN_MAX_CPU_ISA": "AVX2"}, {}):
+        with monkeypatch.context() as patch:
+            for name, value in switches.items():
+                patch.setenv(name, value)
+            fingerprint._machine.cache_clear()
+            with chunkcache.wrap(model) as cached:
+                names.append(cached._state.serving().space.name)
+    fingerprint._machine.cache_clear()
+    assert len(set(names)) == 3 and names[0] == names[3]

@@ -245,6 +245,7 @@ def test_a_miss_says_that_a_store_is_to_blame(server: Server) -> None:
         cached.flush()
         ask(cached, [second])
         assert cached.last_reuse[0].reason == "corrupt"
+        settle(cached)
         server.kill()
         cached.flush()
         ask(cached, [second])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 
 import pytest
 import safetensors.torch
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunkcache.errors import CorruptValueError
+from chunkcache.errors import CorruptValueError, StoreDownError
 from chunkcache.kv import ChunkLayout, LayerShape
 from chunkcache.kv.codec import (
     Identity,
@@ -242,3 +243,53 @@ def test_the_container_is_that_of_safetensors(kind: str) -> None:
             "layers 1-1.0": [1, 2, 4, 4],
             "layers 1-1.1": [1, 2, 4, 4],
         }
+
+
+def test_what_needs_a_library_that_is_not_there_is_not_damaged(monkeypatch) -> None:
+    layout, one = layout_of("attention"), identity()
+    value = encode_chunk(one, filled(layout), layout, pack=True)
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(StoreDownError, match="zstandard"):
+        decode_chunk(value, one, layout)
+
+
+def patched(value: bytes, change) -> bytes:
+    """A value with another header."""
+    size = int.from_bytes(value[:8], "little")
+    header = json.loads(value[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + value[8 + size :]
+
+
+@pytest.mark.parametrize(
+    "field, strange",
+    [
+        ("shape", [1, -2, -4, 6]),
+        ("shape", [2**40, 2**40, 0]),
+        ("shape", ["a"]),
+        ("shape", None),
+        ("dtype", "F7"),
+        ("data_offsets", [0, 2**60]),
+        ("data_offsets", [-4, 4]),
+        ("data_offsets", [5]),
+        ("data_offsets", [0.0, 1.5]),
+        ("data_offsets", "ab"),
+        ("more", 1),
+    ],
+)
+def test_strange_headers_are_damage(field: str, strange: object) -> None:
+    layout, one = layout_of("attention"), identity()
+    value = encode_chunk(one, filled(layout), layout)
+
+    def change(header: dict) -> None:
+        header["layers 0-0.0"][field] = strange
+
+    with pytest.raises(CorruptValueError):
+        decode_chunk(patched(value, change), one, layout)
+    for junk in (b"", b"1234567", (2**63).to_bytes(8, "little") + b"{}", b"\2" + bytes(7) + b"[]"):
+        with pytest.raises(CorruptValueError):
+            decode_chunk(junk, one, layout)
+    deep = b"[" * 100_000
+    with pytest.raises(CorruptValueError):
+        decode_chunk(len(deep).to_bytes(8, "little") + deep, one, layout)

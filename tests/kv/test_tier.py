@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from chunkcache.errors import ConfigError
 from chunkcache.kv import ChunkLayout, LayerShape
-from chunkcache.kv.codec import identities
+from chunkcache.kv.codec import encode_chunk, identities
 from chunkcache.kv.notes import decode_note, model_key, prompt_key
 from chunkcache.kv.store import PrefixStore
 from chunkcache.kv.tier import Pace, Tier
 from chunkcache.kv.tiers import Tiers
-from chunkcache.stores import MemoryStore
+from chunkcache.stores import MemoryStore, Store
 from chunkcache.stores.guard import Guard
 from chunkcache.stores.open import Admission, read_admission
 from chunkcache.tree import pack
@@ -25,7 +25,8 @@ from chunkcache.tree import pack
 LAYOUT = ChunkLayout((LayerShape(1, 2, 2),), 4, torch.float32, torch.device("cpu"))
 SPACE = bytes(32)
 TOKENS = list(range(80))
-KEYS = [one.key for one in identities(SPACE, pack(TOKENS), 4)]
+PATH = identities(SPACE, pack(TOKENS), 4)
+KEYS = [one.key for one in PATH]
 SECONDS = st.floats(0, 10)
 
 
@@ -36,8 +37,8 @@ def zeros(first: int, count: int):
 class World:
     """One store of chunks over two tiers."""
 
-    def __init__(self, *admissions: Admission):
-        self.stores = [MemoryStore(2**20) for _ in admissions]
+    def __init__(self, *admissions: Admission, budget: int = 2**20):
+        self.stores: list[Store] = [MemoryStore(budget) for _ in admissions]
         self.tiers = [
             Tier(Guard(store, 5), admission, f"tier{number}")
             for number, (store, admission) in enumerate(zip(self.stores, admissions, strict=True))
@@ -66,8 +67,8 @@ class World:
 def make(request: pytest.FixtureRequest) -> Iterator[type[World]]:
     made: list[World] = []
 
-    def world(*admissions: Admission) -> World:
-        made.append(World(*admissions))
+    def world(*admissions: Admission, budget: int = 2**20) -> World:
+        made.append(World(*admissions, budget=budget))
         return made[-1]
 
     yield world
@@ -280,6 +281,56 @@ def test_while_requests_run_it_waits_unless_somebody_asks(make) -> None:
     world.all.offer(SPACE, [*TOKENS, 1, 2, 3, 4])
     world.all.end()
     assert world.all.flush(5)
+
+
+# -- budgets
+
+
+@pytest.mark.parametrize("batch", [1, 4, 64])
+def test_beginnings_stay_when_a_path_grows_under_pressure(make, batch, monkeypatch) -> None:
+    """However many calls it takes to write it, the end of a path leaves before its beginning."""
+    monkeypatch.setattr("chunkcache.kv.writer.batch_of", lambda layout: batch)
+    monkeypatch.setattr(Tier, "room", lambda tier, layout: 20)
+    value = len(encode_chunk(PATH[-1], LAYOUT.allocate(1), LAYOUT))
+    world = make(Admission(), budget=21 * value)
+    other = [9] * 40
+    world.request(other)
+    world.all.save(SPACE, other)
+    for end in (40, 48, 56, 64, 72, 80):
+        world.request(TOKENS[:end])
+        world.all.save(SPACE, TOKENS[:end])
+        assert world.has(0) == end // 4, "what is not of this path leaves"
+    for number in range(3):
+        small = [20 + number] * 8
+        world.request(small)
+        world.all.save(SPACE, small)
+        assert 12 <= world.has(0) < 20, "of this path, the end leaves"
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_a_path_longer_than_a_store_is_written_as_far_as_it_goes(make, batch, monkeypatch) -> None:
+    monkeypatch.setattr("chunkcache.kv.writer.batch_of", lambda layout: batch)
+    world = make(Admission(), budget=25_000)
+    world.request()
+    written = world.all.save(SPACE, TOKENS)
+    assert 0 < written == world.has(0) < 20
+    assert world.all.save(SPACE, TOKENS) == 0, "and not again and again"
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_store_that_keeps_less_gets_no_children_of_it(make, batch, monkeypatch) -> None:
+    monkeypatch.setattr("chunkcache.kv.writer.batch_of", lambda layout: batch)
+    world = make(Admission(), Admission())
+    put = world.stores[0].put
+
+    def picky(values):
+        kept = [pair for pair in values if pair[0] not in KEYS[5:7]]
+        return put(kept[: next((n for n, p in enumerate(values) if p not in kept), len(values))])
+
+    world.stores[0].put = picky
+    world.request()
+    world.all.save(SPACE, TOKENS)
+    assert (world.has(0), world.has(1)) == (5, 20)
 
 
 # -- options

@@ -12,11 +12,13 @@ import torch
 
 from chunkcache.errors import StoreFullError
 from chunkcache.kv import ChunkLayout, LayerShape
+from chunkcache.kv.codec import identities
 from chunkcache.kv.store import PrefixStore
 from chunkcache.kv.tier import Tier
 from chunkcache.kv.tiers import Tiers
 from chunkcache.stores import MemoryStore
 from chunkcache.stores.guard import Guard
+from chunkcache.tree import pack
 
 LAYOUT = ChunkLayout(
     (LayerShape(1, 2, 3), LayerShape(1, 4, 4)), 4, torch.float32, torch.device("cpu")
@@ -233,3 +235,39 @@ def test_threads_end_with_their_tiers(world: World) -> None:
     while threading.active_count() > before + 4 and time.monotonic() < end:  # those of the guard
         time.sleep(0.01)
     assert threading.active_count() <= before + 4
+
+
+def test_one_load_takes_no_longer_than_its_patience() -> None:
+    """Not a time-out for each call that it takes."""
+    world = World(timeout=30.0)
+    world.fill()
+    world.tiers.save(SPACE, TOKENS)
+    world.moody.wait = 0.4
+    again = world.fresh(patience=0.5)
+    begin = time.monotonic()
+    assert again.load(SPACE, TOKENS, 0, 1599).tokens["memory"] in (256, 512)
+    assert time.monotonic() - begin < 20, "four batches and the rest would be bounded by 30 s each"
+    assert world.guard.counts["failures"] == 0
+    world.moody.wait = 0.0
+    world.guard.close()
+
+
+def test_errors_that_stores_may_not_raise_are_misses(world: World) -> None:
+    def bad() -> None:
+        raise MemoryError
+
+    again = world.fresh()
+    world.moody.meanwhile = bad
+    loaded = again.load(SPACE, TOKENS, 0, 1599)
+    assert loaded.tokens == {} and loaded.reason == "store down"
+
+
+def test_damaged_values_are_forgotten_with_all_behind_them(world: World) -> None:
+    key = identities(SPACE, pack(TOKENS), 4)[10].key
+    (value,) = world.moody.get([key])
+    world.moody.put([(key, bytes(value[:-1]) + bytes([value[-1] ^ 1]))])
+    again = world.fresh()
+    assert again.load(SPACE, TOKENS, 0, 1599).tokens == {"memory": 40}
+    assert (
+        again.flush(10) and len(list(world.moody.scan())) == 10 + 2
+    )  # a chunk beyond what was asked for, a note

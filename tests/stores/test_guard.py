@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from chunkcache.errors import StoreDownError, StoreFullError
 from chunkcache.stores import Key, MemoryStore
 from chunkcache.stores.guard import Guard
+from tests.stores.servers import wait_for
 
 ONE = Key("ab", "cd")
 
@@ -134,3 +136,85 @@ def test_threads_that_hang_are_bounded(world: World) -> None:
     world.now += 60
     world.store.mood = lambda: None
     assert world.guard.get([ONE]) == [b"1"]
+
+
+def test_calls_wait_for_a_thread_that_is_busy() -> None:
+    """More calls at once than threads: none of them failed."""
+    store = Moody()
+    store.mood = lambda: time.sleep(0.05)
+    guard = Guard(store, timeout=30)
+    with ThreadPoolExecutor(16) as callers:
+        found = list(callers.map(lambda number: guard.get([ONE]), range(32)))
+    assert found == [[None]] * 32 and guard.counts == {"calls": 32}
+    guard.close()
+
+
+def test_calls_that_fail_together_are_one_failure(world: World) -> None:
+    slow = Guard(world.store, 0.2, lambda: world.now)
+    world.store.mood = world.go_on.wait
+    with ThreadPoolExecutor(4) as callers:
+        for call in [callers.submit(slow.get, [ONE]) for _ in range(4)]:
+            with pytest.raises(StoreDownError):
+                call.result()
+    assert slow.counts["opened"] == 1
+    world.go_on.set()
+    world.store.mood = lambda: None
+    wait_for(lambda: not slow._hung, "the end of what hung")
+    world.now += 1.01
+    assert slow.get([ONE]) == [b"1"], "the pause is that of a first failure"
+    slow.close()
+
+
+def test_a_read_that_nobody_waits_for_harms_nobody(world: World) -> None:
+    for _ in range(20):
+        world.guard.begin([ONE], list)
+    assert world.guard.get([ONE]) == [b"1"]
+    world.fails(down)
+    world.now += 2
+    world.store.mood = world.go_on.wait
+    world.guard.begin([ONE], list)  # the trial, which hangs
+    time.sleep(0.2)
+    with pytest.raises(StoreDownError):  # it is noticed now that the trial has failed
+        world.guard.get([ONE])
+    world.now += 60
+    world.store.mood = lambda: None
+    assert world.guard.get([ONE]) == [b"1"], "another one may try"
+
+
+def test_what_is_given_less_time_did_not_fail(world: World) -> None:
+    """The caller's patience has ended, not the store's time."""
+    slow = Guard(world.store, 30.0)
+    world.store.mood = lambda: time.sleep(0.1)
+    wait = slow.begin([ONE], list, within=0.01)
+    with pytest.raises(StoreDownError, match="longer"):
+        wait()
+    assert slow.get([ONE]) == [b"1"] and slow.counts["failures"] == 0
+    slow.close()
+
+
+@pytest.mark.parametrize("error", [MemoryError, OSError("x"), KeyError("x"), TimeoutError])
+def test_whatever_a_store_raises_is_said_as_an_error_of_stores(world: World, error) -> None:
+    def bad() -> None:
+        raise error
+
+    world.store.mood = bad
+    with pytest.raises(StoreDownError):
+        world.guard.get([ONE])
+    assert world.guard.open
+    world.now += 2
+    with pytest.raises(StoreDownError):
+        world.guard.begin([ONE], lambda values: 1 / 0)()
+
+
+def test_closing_is_bounded_and_final() -> None:
+    store, go_on = Moody(), threading.Event()
+    store.close = lambda: go_on.wait(30)
+    guard = Guard(store, timeout=0.1)
+    guard.get([ONE])
+    begin = time.monotonic()
+    guard.close()
+    guard.close()
+    assert time.monotonic() - begin < 10
+    with pytest.raises(StoreDownError):
+        guard.get([ONE])
+    go_on.set()
