@@ -8,7 +8,6 @@ that stand the same process's later requests, which find it in memory, and a pro
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ import click
 import torch
 
 import chunkcache
+from benchmarks.bench_stores import forget_files
 from benchmarks.bench_ttft import Prompts, first_token
 from benchmarks.common import llama_200m, median, save
 from tests.stores.servers import Server
@@ -57,15 +57,6 @@ def run(store: str, args: dict[str, Any], number: int) -> dict[str, Any]:
     return dict(json.loads(out.stdout.splitlines()[-1]))
 
 
-def forget(folder: Path) -> None:
-    """Lets the system drop what it holds of files, as a restart of the machine would."""
-    os.sync()
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def measure(stores: dict[str, str], folder: Path, args: dict[str, Any]) -> dict[str, Any]:
     """Samples of all processes, in turns."""
     samples: dict[str, list[Any]] = {name: [] for name in ["cold", *stores, "disk, not in memory"]}
@@ -76,7 +67,7 @@ def measure(stores: dict[str, str], folder: Path, args: dict[str, Any]) -> dict[
             samples["cold"].append(run("", args, number))
         for name, store in stores.items():
             samples[name].append(run(store, args, number))
-        forget(folder)
+        forget_files(folder)
         samples["disk, not in memory"].append(run(stores["disk"], args, number))
     return samples
 

@@ -1,13 +1,16 @@
 """How fast are chunks read from stores, against the machine's own rate?
 
 Chunks of a Llama of 200 M parameters (768 KiB each). Loading means all of it: from the store, checked,
-into the pool. Against it: reading the same files, and redis-py's GET of the same bytes, with nothing done
-to them. Then the bytes that a token takes in each store, against the arithmetic.
+into the pool; `get` is only what the store does. Against it: reading the same files, from the system's
+cache and, after it forgot them, from the disk; and redis-py's GET of the same bytes, with nothing done to
+them. Then the bytes that a token takes in each store, against the arithmetic.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ LAYOUT = ChunkLayout(
     tuple(LayerShape(4, 64, 64) for _ in range(12)), 64, torch.bfloat16, torch.device("cpu")
 )
 SPACE = bytes(32)
+Calls = dict[str, Callable[[], object]]
 
 
 class Filled:
@@ -72,10 +76,39 @@ def read_files(folder: Path) -> None:
         path.read_bytes()
 
 
+def forget_files(folder: Path) -> None:
+    """Has the system drop what it holds of them in memory."""
+    os.sync()
+    for path in folder.glob("values/*/*"):
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def get_plain(store: Any, values: int) -> None:
     """One GET after the other."""
     for number in range(values):
         assert store.client.get(f"plain{number}")
+
+
+def runs(kind: str, filled: Filled, folder: Path) -> dict[str, tuple[Calls, Callable[[], None]]]:
+    """What is measured side by side, by name, and what comes before each call."""
+    calls: Calls = {"load": filled.load, "get": filled.get}
+    if kind == "memory":
+        return {kind: (calls, filled.forget)}
+    if kind == "disk":
+        calls["machine"] = lambda: read_files(folder)
+
+        def uncached() -> None:
+            filled.forget()
+            forget_files(folder)
+
+        return {kind: (calls, filled.forget), "disk, not cached": (calls, uncached)}
+    values = [bytes(value or b"") for value in filled.store.get(filled.keys)]
+    client: Any = filled.store
+    for number, value in enumerate(values):
+        client.client.set(f"plain{number}", value)
+    calls["machine"] = partial(get_plain, filled.store, len(values))
+    return {kind: (calls, filled.forget)}
 
 
 def rates(samples: dict[str, list[float]], size: int) -> dict[str, float]:
@@ -100,7 +133,6 @@ def main(tokens: int, repeats: int, seed: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         server = Server(folder / "redis", "--unixsocket", f"{folder}/s")
-        client = server.client()
         names = {
             "memory": "memory:1GiB",
             "disk": f"disk:{folder}/store",
@@ -108,28 +140,20 @@ def main(tokens: int, repeats: int, seed: int) -> None:
             "redis by unix socket": f"unix://{folder}/s",
         }
         for kind, url in names.items():
-            client.flushall()
+            server.client().flushall()
             filled = Filled(url, tokens, seed)
-            calls = {"load": filled.load, "get": filled.get}
-            if kind == "disk":
-                calls["machine"] = lambda: read_files(folder / "store")
-            elif kind != "memory":
-                values = [bytes(value or b"") for value in filled.store.get(filled.keys)]
-                for number, value in enumerate(values):
-                    client.set(f"plain{number}", value)
-                calls["machine"] = partial(get_plain, filled.store, len(values))
-            interleaved(calls, 2, filled.forget)
-            samples = interleaved(calls, repeats, filled.forget)
-            found = rates(samples, filled.bytes)
-            share = found["load"] / found["machine"] if "machine" in found else None
-            sizes = token_bytes(filled)
-            text = "" if share is None else f", machine {found['machine']:6,.0f}: {share:.0%}"
-            print(
-                f"{kind:20} load {found['load']:6,.0f} MiB/s, get {found['get']:6,.0f}{text}; a token "
-                f"takes {sizes['stored']:,.0f} bytes, {sizes['ratio'] - 1:+.2%}"
-            )
-            result[kind] = {"rates": found, "share": share, "token_bytes": sizes}
-            result[kind]["samples"] = samples
+            for label, (calls, before) in runs(kind, filled, folder / "store").items():
+                interleaved(calls, 2, before)
+                samples = interleaved(calls, repeats, before)
+                found = rates(samples, filled.bytes)
+                shares = {what: found[what] / found.get("machine", found[what]) for what in found}
+                print(
+                    f"{label:22} machine {found.get('machine', 0):7,.0f} MiB/s, get {found['get']:9,.0f} "
+                    f"({shares['get']:.0%}), load {found['load']:6,.0f} ({shares['load']:.0%})"
+                )
+                result[label] = {"rates": found, "shares": shares, "samples": samples}
+            sizes = result[kind]["token_bytes"] = token_bytes(filled)
+            print(f"{'':22} a token takes {sizes['stored']:,.0f} bytes, {sizes['ratio'] - 1:+.2%}")
             filled.tiers.close()
         server.kill()
     save("bench_stores", {"tokens": tokens, "repeats": repeats, "seed": seed}, result)

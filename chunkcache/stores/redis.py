@@ -13,6 +13,7 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -29,6 +30,7 @@ _HEAD = struct.Struct(">4sIQ")  # magic, parts, bytes of the whole value
 _LARGEST = 2**32  # bytes of a value; a chunk of the largest models is a tenth of that
 _DIGEST = 8  # bytes of the digest in the names of parts
 _BATCH = 16 * 2**20  # bytes that are on their way at once
+_PAIR = 2  # parts that are on their way at once
 _PAGE = 512  # keys that are looked at together
 _YOUNG = 60  # seconds after it was touched that a part may be of a value that is being written
 
@@ -126,14 +128,14 @@ class RedisStore(Store):
         ]
 
     def _parts(self, names: Sequence[str], ttl: int | None) -> list[bytes | None]:
-        if not names:
-            return []
+        """Two at a time: redis-py keeps all answers of a pipeline in one buffer, which is slow to grow."""
 
-        def ask(pipe: Any) -> None:
-            for name in names:
+        def ask(pipe: Any, pair: Sequence[str]) -> None:
+            for name in pair:
                 pipe.get(name) if ttl is None else pipe.getex(name, px=ttl)
 
-        return self._pipeline(ask)
+        pairs = (names[at : at + _PAIR] for at in range(0, len(names), _PAIR))
+        return [part for pair in pairs for part in self._pipeline(partial(ask, pair=pair))]
 
     def _prolong(self, names: Sequence[str]) -> None:
         if self.ttl is None or not names:
