@@ -8,6 +8,7 @@ checked in a thread of the store's guard.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -39,6 +40,9 @@ class States(Protocol):
 
     def put_together(self, tensors: tuple[torch.Tensor, ...], plain: Any) -> Snapshot:
         """The inverse."""
+
+
+_AHEAD = 2  # batches that are on their way at once
 
 
 class Found(NamedTuple):
@@ -174,35 +178,37 @@ class _Load:
             self.result.tokens = {}
 
     def _read(self, tier: Tier) -> None:
-        """Lays down what a tier has without a gap; the next batch is read and checked meanwhile."""
+        """Lays down what a tier has without a gap; what follows is read and checked meanwhile."""
         size = batch_of(self.loader.store.layout)
-        batch = self.path[self.at : self.at + size]
-        reading = self._ask(tier, batch)
-        while batch:
-            found, ahead = reading(), self.at + len(batch)
-            whole = len(found) == len(batch) and isinstance(found[-1], Found)
-            following = self.path[ahead : ahead + size] if whole and self.left > 0 else []
-            if following:
-                reading = self._ask(tier, following)
-            chunks = self._usable(tier, found)
-            if self._lay(tier, chunks) < len(batch):
+        rest = [self.path[at : at + size] for at in range(self.at, len(self.path), size)]
+        begun: deque[tuple[int, Reading]] = deque()
+        while rest or begun:
+            while rest and len(begun) < _AHEAD and self.left > 0:
+                reading = self._ask(tier, rest[0])
+                if reading is None:
+                    rest.clear()
+                else:
+                    begun.append((len(rest.pop(0)), reading))
+            if not begun:
                 return
-            batch = following
+            wanted, reading = begun.popleft()
+            if self._lay(tier, self._usable(tier, reading())) < wanted:
+                return
 
     @property
     def left(self) -> float:
         """Seconds that stores may still take."""
         return self.end - monotonic()
 
-    def _ask(self, tier: Tier, batch: Sequence[Identity]) -> Reading:
-        """Starts to read and check; nothing is found where the store fails."""
+    def _ask(self, tier: Tier, batch: Sequence[Identity]) -> Reading | None:
+        """Starts to read and check; nothing is found where the store fails. None if it is not asked."""
         keys = [identity.key for identity in batch]
         decode = partial(_decoded, batch, self.loader.store.layout)
         try:
             reading = tier.guard.begin(keys, decode, self.left)
         except StoreError as error:
             self.loader.failed(error, self.result)
-            return list
+            return None
 
         def wait() -> Sequence[Found | CorruptValueError]:
             try:

@@ -27,6 +27,8 @@ def connect(url: str, timeout: float) -> Any:
     settings: dict[str, Any] = {
         "socket_timeout": timeout,
         "socket_connect_timeout": timeout,
+        "socket_read_size": 2
+        ** 20,  # values are large, and each piece costs a turn of the interpreter
         "retry": Retry(NoBackoff(), 0),  # who calls knows when to try again
     }
     parts = urlsplit(url)
