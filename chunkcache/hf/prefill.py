@@ -140,8 +140,8 @@ class Prefiller:
 
     def _load(self, space: Space, tokens: list[int], stored: int, limit: int) -> Loaded:
         """Brings from colder tiers what is not stored here."""
-        limit -= limit % self.unit
-        if self.tiers is None or limit - stored < self.unit or not self.may_store(space):
+        limit -= limit % max(self.unit, self.carrier.layout.chunk_size)
+        if self.tiers is None or limit <= stored or not self.may_store(space):
             return Loaded()
         return self.tiers.load(space.name, tokens, stored, limit)
 

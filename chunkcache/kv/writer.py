@@ -33,6 +33,8 @@ from chunkcache.tree import Lease, unpack
 _log = logging.getLogger(__name__)
 _QUEUE = 64  # paths that wait
 _PART = 50  # while requests run, one part in so many of the time is spent here
+_GRACE = 0.25  # seconds that a request runs before anything is written beside it
+_LULL = 0.01  # seconds without a request before it is thought that none comes at once
 _AGAIN = 60.0  # seconds after which a path that is used again and again is looked at again
 _REMEMBERED = 4096  # paths
 Encode = Callable[[bool], bytes]  # compressed or not
@@ -89,6 +91,8 @@ class Writer:
         self._seen: OrderedDict[int, float] = OrderedDict()
         self._closed = self._busy = False
         self._running = 0  # requests
+        self._ended = 0.0  # when the last one did
+        self._due = 0.0  # when something may be written beside requests
         self._waiting = 0  # who waits until all is written
         self._thread: threading.Thread | None = None
 
@@ -97,6 +101,8 @@ class Writer:
     def begin(self) -> None:
         """A request runs."""
         with self._changed:
+            if not self._running:
+                self._due = max(self._due, monotonic() + _GRACE)
             self._running += 1
 
     def end(self) -> None:
@@ -104,6 +110,7 @@ class Writer:
         with self._changed:
             self._running -= 1
             if not self._running:
+                self._ended = monotonic()
                 self._changed.notify_all()
 
     def offer(self, path: Path) -> None:
@@ -176,24 +183,34 @@ class Writer:
             self._queue.remove(path)
             return path
 
-    def _pause(self, worked: float) -> None:
-        """Leaves the machine to requests, if any run and nobody waits for this."""
+    def _wait(self) -> None:
+        """Leaves the machine to requests, unless somebody waits for the writer."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: not self._running or self._waiting or self._closed, worked * (_PART - 1)
-            )
+            while not (self._waiting or self._closed):
+                due = self._due if self._running else self._ended + _LULL
+                left = due - monotonic()
+                if left <= 0:
+                    return
+                self._changed.wait(left)
+
+    def _worked(self, seconds: float) -> None:
+        with self._changed:
+            if self._running:
+                self._due = monotonic() + seconds * (_PART - 1)
 
     def save(self, path: Path) -> int:
         """Writes what is stored of a path to the tiers that lack it; returns the values written.
 
         A tier that fails gets no more of this path, and lacks only its end.
         """
+        self._wait()
         saving = _Save(self, path)
         written = 0
         while saving.left:
+            self._wait()
             begin = monotonic()
             written += saving.step()
-            self._pause(monotonic() - begin)
+            self._worked(monotonic() - begin)
         written += saving.finish()
         self._count("saved", written)
         return written

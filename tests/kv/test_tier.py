@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chunkcache.errors import ConfigError
-from chunkcache.kv import ChunkLayout, LayerShape
+from chunkcache.kv import ChunkLayout, LayerShape, writer
 from chunkcache.kv.codec import encode_chunk, identities
 from chunkcache.kv.notes import decode_note, model_key, prompt_key
 from chunkcache.kv.store import PrefixStore
@@ -21,6 +22,7 @@ from chunkcache.stores import MemoryStore, Store
 from chunkcache.stores.guard import Guard
 from chunkcache.stores.open import Admission, read_admission
 from chunkcache.tree import pack
+from tests.stores.servers import wait_for
 
 LAYOUT = ChunkLayout((LayerShape(1, 2, 2),), 4, torch.float32, torch.device("cpu"))
 SPACE = bytes(32)
@@ -268,19 +270,38 @@ def test_a_path_is_looked_at_again_only_now_and_then(make) -> None:
     assert world.all.flush(5) and world.tiers[0].guard.counts["calls"] == calls
 
 
-def test_while_requests_run_it_waits_unless_somebody_asks(make) -> None:
+def test_beside_requests_it_works_a_small_part_of_the_time(make, monkeypatch) -> None:
+    """And as fast as it goes when none runs, or when somebody waits for it."""
+    monkeypatch.setattr(writer, "batch_of", lambda layout: 4)
+    monkeypatch.setattr(writer, "_PART", 10**6)  # one piece, and no second one
     world = make(Admission())
     world.request()
-    pauses: list[bool] = []
-    pause = world.all._writer._pause
-    world.all._writer._pause = lambda worked: pauses.append(True) or pause(worked + 100.0)
     world.all.begin()
     world.all.offer(SPACE, TOKENS)
-    assert world.all.flush(5), "whoever waits is not kept waiting"
-    assert pauses and world.has(0) == 20
-    world.all.offer(SPACE, [*TOKENS, 1, 2, 3, 4])
+    wait_for(lambda: world.has(0) == 4, "the first piece")
+    time.sleep(0.1)
+    assert world.has(0) == 4
+    assert world.all.flush(30) and world.has(0) == 20, "whoever waits is not kept waiting"
+    world.stores[0].delete(KEYS)
+    world.all.offer(SPACE, TOKENS)
+    time.sleep(0.1)
+    assert world.has(0) == 0
     world.all.end()
-    assert world.all.flush(5)
+    wait_for(lambda: world.has(0) == 20, "all of it")
+
+
+def test_short_requests_are_left_alone(make, monkeypatch) -> None:
+    monkeypatch.setattr(writer, "_GRACE", 1000.0)
+    monkeypatch.setattr(writer, "_LULL", 1000.0)
+    world = make(Admission())
+    world.request()
+    for _ in range(3):
+        world.all.begin()
+        world.all.offer(SPACE, TOKENS)
+        time.sleep(0.02)
+        world.all.end()
+    assert world.has(0) == 0
+    assert world.all.flush(30) and world.has(0) == 20
 
 
 # -- budgets
