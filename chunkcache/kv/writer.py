@@ -58,6 +58,11 @@ class Path:
         """Greater ones are written first."""
         return self.name is not None, self.hits
 
+    @property
+    def key(self) -> int:
+        """Of namespace and tokens; two may have the same, which costs no more than a minute."""
+        return hash((self.namespace, self.data))
+
     def covers(self, other: Path) -> bool:
         """Whether writing this one writes the other too."""
         same = self.namespace == other.namespace and other.name in (None, self.name)
@@ -88,7 +93,7 @@ class Writer:
         self._queue: list[Path] = []
         self._gone: list[tuple[Tier, Sequence[Key]]] = []
         self._changed = threading.Condition()
-        self._seen: OrderedDict[int, float] = OrderedDict()
+        self._seen: OrderedDict[int, tuple[int, float]] = OrderedDict()  # by key: hits, and when
         self._closed = self._busy = False
         self._running = 0  # requests
         self._ended = 0.0  # when the last one did
@@ -121,7 +126,9 @@ class Writer:
             self._queue = [one for one in self._queue if not path.covers(one)]
             self._queue.append(path)
             if len(self._queue) > _QUEUE:
-                self._queue.remove(min(self._queue, key=lambda one: one.rank))
+                coldest = min(self._queue, key=lambda one: one.rank)
+                self._queue.remove(coldest)
+                self._seen.pop(coldest.key, None)
                 self._count("dropped", 1)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="write-behind", daemon=True)
@@ -130,13 +137,14 @@ class Writer:
 
     def used(self, path: Path) -> None:
         """Takes a path that was reused, now and then: tiers keep what is used, or lack it."""
-        key, now = hash((path.namespace, path.data)), monotonic()
+        most = max((tier.admission.hits for tier in self.tiers), default=0)
+        hits, now = min(path.hits, most), monotonic()  # more make no difference
         with self._changed:
-            last = self._seen.get(key)
-            if last is not None and now - last < _AGAIN:
+            before, last = self._seen.get(path.key, (-1, now))
+            if before >= hits and now - last < _AGAIN:
                 return
-            self._seen[key] = now
-            self._seen.move_to_end(key)
+            self._seen[path.key] = (hits, now)
+            self._seen.move_to_end(path.key)
             if len(self._seen) > _REMEMBERED:
                 self._seen.popitem(last=False)
         self.offer(path)

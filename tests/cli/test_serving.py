@@ -13,6 +13,7 @@ from chunkcache.cli.main import main
 from click.testing import CliRunner
 
 from tests.cli.serving import KEY, SHOP, ask, cached_tokens, serving
+from tests.stores.servers import Server, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +113,30 @@ def test_a_cache_that_cannot_be_used_is_done_without(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["serve", "demo", "--store", f"disk:{caches}/store"])
     assert result.exit_code == 1
     assert result.stderr.startswith(f"Error: {caches}/store cannot be used")
+
+
+def test_two_servers_share_a_redis_and_tenants_do_not(tmp_path: Path) -> None:
+    """The first request to the second server finds what the first one computed."""
+    redis = Server(tmp_path / "redis")
+    store = ("--store", f"{redis.url}?load=always")
+    try:
+        with (
+            serving(*store) as (one, _),
+            serving(*store) as (two, _),
+            serving(*store, "--tenant", "other") as (other, _),
+        ):
+            first = ask(one, 0)
+
+            def written() -> bool:
+                found = json.loads(run("report", one, "--json"))
+                return found["stores"]["saved"] >= found["chunks"] > 5
+
+            wait_for(written, "the first server's chunks in Redis")
+            second, third = ask(two, 0), ask(other, 0)
+            cached = [a["usage"]["prompt_tokens_details"]["cached_tokens"] for a in (second, third)]
+            assert cached[0] > 150 and cached[1] == 0
+            assert second["chunkcache"]["tiers"] == {"redis": cached[0]}
+            answers = [answer["choices"][0]["message"] for answer in (first, second, third)]
+            assert answers[0] == answers[1] == answers[2]
+    finally:
+        redis.kill()

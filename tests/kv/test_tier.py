@@ -270,6 +270,15 @@ def test_a_path_is_looked_at_again_only_now_and_then(make) -> None:
     assert world.all.flush(5) and world.tiers[0].guard.counts["calls"] == calls
 
 
+def test_a_path_that_became_hot_is_looked_at_at_once(make) -> None:
+    world = make(Admission(hits=2))
+    for hits in range(3):
+        world.request()
+        world.all.used(SPACE, TOKENS, hits)
+        assert world.all.flush(30)
+    assert world.has(0) == 20
+
+
 def test_beside_requests_it_works_a_small_part_of_the_time(make, monkeypatch) -> None:
     """And as fast as it goes when none runs, or when somebody waits for it."""
     monkeypatch.setattr(writer, "batch_of", lambda layout: 4)
