@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save
 
-from chunkcache.errors import CorruptValueError, OtherFormatError, StoreDownError
+from chunkcache.errors import CorruptValueError, OtherFormatError
 from chunkcache.kv.layout import KV, ChunkLayout
+from chunkcache.kv.packing import WAY, bytes_of, pack_tensor, unpack_tensor
 from chunkcache.stores.base import Buffer, Key
 from chunkcache.tree import TOKEN_BYTES
 
@@ -32,9 +33,6 @@ except ImportError:
 FORMAT = 1
 _DIGEST = 16  # bytes of a name
 _TOKENS, _FACTS = "tokens", "chunkcache"  # names in the container
-_PACKED = "zstd, bytes of numbers apart"
-_LEVEL = 1
-_RATIO = 100_000  # bytes from one, at most: zeros
 _STATE = ".state"  # behind the names of snapshots
 _TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -170,8 +168,8 @@ def _encode(
     facts = _describe(identity) | more
     if pack:
         shapes = {name: [str(part.dtype), list(part.shape)] for name, part in parts.items()}
-        facts |= {"packed": _PACKED, "shapes": shapes}
-        parts = {name: _pack(part) for name, part in parts.items()}
+        facts |= {"packed": WAY, "shapes": shapes}
+        parts = {name: pack_tensor(part) for name, part in parts.items()}
     parts[_TOKENS] = torch.frombuffer(bytearray(identity.data), dtype=torch.uint8)
     facts["crc"] = {name: _crc(part) for name, part in parts.items()}
     # One entry: safetensors writes several in any order, and equal chunks are to be equal bytes.
@@ -190,7 +188,7 @@ def inspect(value: Buffer, key: Key) -> Identity:
     """
     try:
         facts, parts = _parts(value, key)
-        data = bytes(_bytes(parts[_TOKENS]))
+        data = bytes(bytes_of(parts[_TOKENS]))
         namespace = bytes.fromhex(facts["namespace"])
         found = Identity(namespace, key, facts["parent"], facts["start"], data)
         wanted = _name(namespace, found.parent, data) + _STATE * found.is_snapshot
@@ -211,7 +209,7 @@ def _decode(value: Buffer, identity: Identity) -> tuple[dict[str, torch.Tensor],
             raise CorruptValueError(f"{key} is of something else")
         if facts["crc"] != {name: _crc(part) for name, part in parts.items()}:
             raise CorruptValueError(f"the tensors of {key} are damaged")
-        if _bytes(parts.pop(_TOKENS)) != identity.data:
+        if bytes_of(parts.pop(_TOKENS)) != identity.data:
             raise CorruptValueError(f"{key} is of other token ids")
         return _unpacked(parts, facts), facts
     except _UNREADABLE as error:
@@ -219,7 +217,7 @@ def _decode(value: Buffer, identity: Identity) -> tuple[dict[str, torch.Tensor],
 
 
 _UNREADABLE = (
-    ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError, RecursionError,
+    ValueError, KeyError, TypeError, RuntimeError, OverflowError, RecursionError,
     MemoryError,
 )  # fmt: skip
 
@@ -234,6 +232,8 @@ def _parts(value: Buffer, key: Key) -> tuple[dict[str, Any], dict[str, torch.Ten
     if not 0 < size <= len(view) - 8:
         raise ValueError("it is cut off")
     header = json.loads(bytes(view[8 : 8 + size]))
+    if not isinstance(header, dict):
+        raise ValueError("it has no header")
     facts = _unsealed(header.pop("__metadata__")[_FACTS], key)
     at, found = 0, {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -290,52 +290,12 @@ def _seal(facts: dict[str, Any]) -> int:
 def _crc(tensor: torch.Tensor) -> int:
     """Of a tensor's type, shape and numbers."""
     outline = f"{tensor.dtype} {list(tensor.shape)}"
-    return crc32(_bytes(tensor), crc32(outline.encode()))
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    """A view of a tensor's numbers."""
-    numbers: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(numbers)
-
-
-# -- compression without loss
-
-
-def _pack(tensor: torch.Tensor) -> torch.Tensor:
-    """Bytes of equal weight together (exponents of neighbours are alike), then compressed."""
-    import zstandard
-
-    numbers = tensor.reshape(-1).view(torch.uint8).view(tensor.numel(), tensor.element_size())
-    planes = numbers.t()
-    packed = zstandard.ZstdCompressor(level=_LEVEL).compress(_bytes(planes))
-    return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+    return crc32(bytes_of(tensor), crc32(outline.encode()))
 
 
 def _unpacked(tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> dict[str, torch.Tensor]:
     if "packed" not in facts:
         return tensors
-    if facts["packed"] != _PACKED:
+    if facts["packed"] != WAY:
         raise ValueError(f"it is packed in another way: {facts['packed']!r}")
-    return {name: _unpack(part, *facts["shapes"][name]) for name, part in tensors.items()}
-
-
-def _unpack(packed: torch.Tensor, dtype: str, shape: list[int]) -> torch.Tensor:
-    try:
-        import zstandard
-    except ImportError as error:  # whoever has it can read the value, so it is not damaged
-        raise StoreDownError("a value is compressed; pip install zstandard to read it") from error
-    kind = getattr(torch, dtype.removeprefix("torch."))
-    size = kind.itemsize * math.prod(shape)
-    if size > _RATIO * packed.numel():
-        raise ValueError("it would unpack to far more than was ever packed")
-    try:
-        raw = zstandard.ZstdDecompressor().decompress(_bytes(packed), max_output_size=size)
-    except zstandard.ZstdError as error:
-        raise ValueError(f"it does not unpack: {error}") from error
-    if len(raw) != size:
-        raise ValueError("it unpacks to another length")
-    if not size:
-        return torch.empty(shape, dtype=kind)
-    planes = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(kind.itemsize, -1)
-    return planes.t().contiguous().view(-1).view(kind).view(shape)
+    return {name: unpack_tensor(part, *facts["shapes"][name]) for name, part in tensors.items()}

@@ -13,9 +13,10 @@ from typing import Any
 
 from chunkcache.errors import StoreError
 from chunkcache.kv.loader import Loaded, Loader, States
+from chunkcache.kv.saving import Path
 from chunkcache.kv.store import PrefixStore
 from chunkcache.kv.tier import Tier
-from chunkcache.kv.writer import Path, Writer
+from chunkcache.kv.writer import Writer
 from chunkcache.tree import pack
 
 _log = logging.getLogger(__name__)

@@ -90,6 +90,8 @@ class Oracle:
         key = sorted(self.there)[number % len(self.there)]
         if what == "delete":
             del self.there[key]
+        elif not self.there[key]:  # cut to nothing before
+            return
         elif what == "flip":
             self.there[key] = flipped(self.there[key], where)
         else:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chunkcache.errors import ConfigError
-from chunkcache.kv import ChunkLayout, LayerShape, writer
+from chunkcache.kv import ChunkLayout, LayerShape, saving, writer
 from chunkcache.kv.codec import encode_chunk, identities
 from chunkcache.kv.notes import decode_note, model_key, prompt_key
 from chunkcache.kv.store import PrefixStore
@@ -281,7 +281,7 @@ def test_a_path_that_became_hot_is_looked_at_at_once(make) -> None:
 
 def test_beside_requests_it_works_a_small_part_of_the_time(make, monkeypatch) -> None:
     """And as fast as it goes when none runs, or when somebody waits for it."""
-    monkeypatch.setattr(writer, "batch_of", lambda layout: 4)
+    monkeypatch.setattr(saving, "batch_of", lambda layout: 4)
     monkeypatch.setattr(writer, "_PART", 10**6)  # one piece, and no second one
     world = make(Admission())
     world.request()
@@ -319,7 +319,7 @@ def test_short_requests_are_left_alone(make, monkeypatch) -> None:
 @pytest.mark.parametrize("batch", [1, 4, 64])
 def test_beginnings_stay_when_a_path_grows_under_pressure(make, batch, monkeypatch) -> None:
     """However many calls it takes to write it, the end of a path leaves before its beginning."""
-    monkeypatch.setattr("chunkcache.kv.writer.batch_of", lambda layout: batch)
+    monkeypatch.setattr("chunkcache.kv.saving.batch_of", lambda layout: batch)
     monkeypatch.setattr(Tier, "room", lambda tier, layout: 20)
     value = len(encode_chunk(PATH[-1], LAYOUT.allocate(1), LAYOUT))
     world = make(Admission(), budget=21 * value)
@@ -339,7 +339,7 @@ def test_beginnings_stay_when_a_path_grows_under_pressure(make, batch, monkeypat
 
 @pytest.mark.parametrize("batch", [1, 64])
 def test_a_path_longer_than_a_store_is_written_as_far_as_it_goes(make, batch, monkeypatch) -> None:
-    monkeypatch.setattr("chunkcache.kv.writer.batch_of", lambda layout: batch)
+    monkeypatch.setattr("chunkcache.kv.saving.batch_of", lambda layout: batch)
     world = make(Admission(), budget=25_000)
     world.request()
     written = world.all.save(SPACE, TOKENS)
@@ -349,7 +349,7 @@ def test_a_path_longer_than_a_store_is_written_as_far_as_it_goes(make, batch, mo
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_store_that_keeps_less_gets_no_children_of_it(make, batch, monkeypatch) -> None:
-    monkeypatch.setattr("chunkcache.kv.writer.batch_of", lambda layout: batch)
+    monkeypatch.setattr("chunkcache.kv.saving.batch_of", lambda layout: batch)
     world = make(Admission(), Admission())
     put = world.stores[0].put
 
