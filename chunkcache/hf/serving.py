@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -186,8 +187,10 @@ def _pinned(size: int) -> memoryview:
 def _about(proof: Proof) -> dict[str, Any]:
     """The model, for people who look at a store."""
     config, layout = proof.carrier.model.config, proof.carrier.layout
-    return {
-        "model": str(getattr(config, "_name_or_path", "") or config.model_type),
+    name = str(getattr(config, "_name_or_path", ""))
+    hub = name.count("/") == 1 and not name.startswith(("/", ".", "~"))
+    return {  # of a folder only its last part: others may read the store
+        "model": (name if hub else Path(name).name) or config.model_type,
         "dtype": str(layout.dtype).removeprefix("torch."),
         "chunk_size": layout.chunk_size,
         "token_bytes": layout.token_bytes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 
 import chunkcache
 from chunkcache.errors import ConfigError, StoreDownError
+from chunkcache.kv.notes import decode_note
+from chunkcache.stores.open import open_store
 from tests.hf.test_zoo import ask, ids, same_bits
 from tests.stores.servers import Server, wait_for
 from tests.zoo import zoo_model
@@ -250,3 +253,19 @@ def test_a_miss_says_that_a_store_is_to_blame(server: Server) -> None:
         cached.flush()
         ask(cached, [second])
         assert cached.last_reuse[0].reason == "store down"
+
+
+@pytest.mark.parametrize(
+    "path, name",
+    [("", "llama"), ("org/name", "org/name"), ("/home/me/secret/model", "model"), ("./x/y", "y")],
+)
+def test_notes_name_models_and_no_folders(path: str, name: str, tmp_path: Path) -> None:
+    model = copy.deepcopy(zoo_model("llama"))
+    model.config._name_or_path = path
+    with wrap(model, f"disk:{tmp_path}/store") as cached:
+        ask(cached, [prompts("llama")[0]])
+        settle(cached)
+        with closing(open_store(f"disk:{tmp_path}/store")) as store:
+            keys = [one.key for one in store.scan() if one.key.name.endswith(".model")]
+            (note,) = store.get(keys)
+            assert note is not None and decode_note(note)["model"] == name
