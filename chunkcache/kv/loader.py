@@ -1,8 +1,8 @@
 """From colder tiers into the pool: what a prompt needs behind its match.
 
 Tiers are asked in order, each from where the one before ended. Values are checked, and the first that
-is missing or damaged ends a tier's part. While one batch is laid into the pool, the next one is read and
-checked in a thread of the store's guard.
+is missing or damaged ends a tier's part. While one batch is laid into the pool, the next two are read
+and checked in threads of the store's guard.
 """
 
 from __future__ import annotations

@@ -44,7 +44,9 @@ def unpack_tensor(packed: torch.Tensor, dtype: str, shape: list[int]) -> torch.T
         import zstandard
     except ImportError as error:  # whoever has it can read the value, so it is not damaged
         raise StoreDownError("a value is compressed; pip install zstandard to read it") from error
-    kind = getattr(torch, dtype.removeprefix("torch."))
+    kind = getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(kind, torch.dtype):
+        raise ValueError(f"{dtype!r} is no type of numbers")
     size = kind.itemsize * math.prod(shape)
     if size > _RATIO * packed.numel():
         raise ValueError("it would unpack to far more than was ever packed")

@@ -23,6 +23,7 @@ from chunkcache.kv.codec import (
     identities,
     inspect,
 )
+from chunkcache.kv.packing import pack_tensor, unpack_tensor
 from chunkcache.kv.rows import RowShape
 from chunkcache.stores import Key
 from chunkcache.tree import pack
@@ -293,3 +294,10 @@ def test_strange_headers_are_damage(field: str, strange: object) -> None:
     deep = b"[" * 100_000
     with pytest.raises(CorruptValueError):
         decode_chunk(len(deep).to_bytes(8, "little") + deep, one, layout)
+
+
+@pytest.mark.parametrize("dtype", ["torch.nothing", "torch.Tensor", ""])
+def test_a_packed_type_that_is_none_is_damage(dtype: str) -> None:
+    packed = pack_tensor(torch.zeros(3))
+    with pytest.raises(ValueError, match="no type"):
+        unpack_tensor(packed, dtype, [3])
