@@ -2,8 +2,8 @@
 
 A line of JSON in, a line out. `{"start": {"port": .., "stores": [..], "environment": {..}}}` gives
 `{"pid": ..}`; `{"kill": pid}` kills it as `kill -9` does and gives `{"alive": ..}`: whether it ran until
-then; `{"show": pid}` has it write to LOG what its threads do. Servers end with their host, and the host
-with who started it.
+then; `{"end": pid}` asks it to end and gives `{"code": ..}`, how it did; `{"show": pid}` has it write to
+LOG what its threads do. Servers end with their host, and the host with who started it.
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ def main(log: str) -> None:
             answer = {"pid": _start(model, tokenizer, log, **order["start"])}
         elif "show" in order:
             answer = {"shown": os.kill(order["show"], signal.SIGUSR1)}
+        elif "end" in order:
+            os.kill(order["end"], signal.SIGTERM)
+            _, status = os.waitpid(order["end"], 0)
+            answer = {"code": os.waitstatus_to_exitcode(status)}
         else:
             answer = {"alive": _kill(order["kill"])}
         print(json.dumps(answer), flush=True)

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -88,6 +89,11 @@ class Served:
         """As `kill -9`; it must have lived until then."""
         assert self.host.order(kill=self.pid)["alive"], self.host.log.read_text()[-2000:]
 
+    def end(self) -> None:
+        """As its user does; it writes what waits before it is gone."""
+        code = self.host.order(end=self.pid)["code"]
+        assert code == -signal.SIGTERM, (code, self.host.log.read_text()[-2000:])
+
     def wait(self, true: Callable[[], object], where: str) -> None:
         """Waits until something holds, and tells what the server did instead."""
         try:
@@ -125,13 +131,21 @@ class Served:
 
 @contextmanager
 def served(host: Host, port: int, *stores: str) -> Iterator[Served]:
-    """A server until the end of the block, where it is killed."""
+    """A server until the end of the block; it is killed if that fails."""
     server = Served(host, port, list(stores))
     try:
         until(server.up, "a server that comes up")
         yield server
-    finally:
+    except BaseException:
         server.kill()
+        raise
+    server.end()
+
+
+def ask_all(server: Served) -> list[str]:
+    """What a server answers to each chat."""
+    found = [server.ask(chat) for chat in CHATS]
+    return [answer[0] for answer in found if answer is not None]
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +159,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
 def undisturbed(host: Host) -> list[str]:
     """What a server without stores answers to each chat."""
     with served(host, free_port()) as server:
-        found = [server.ask(chat) for chat in CHATS]
-    return [answer[0] for answer in found if answer is not None]
+        return ask_all(server)
 
 
 @pytest.mark.parametrize("seed", groups(2))
@@ -159,6 +172,8 @@ def test_a_server_may_be_killed_at_any_moment(
         where = f"seed={seed} trial={trial}"
         kill_one(host, port, stores, undisturbed, where)
         assert_all_whole(stores, where)
+    with served(host, port, *stores) as server:  # all before it may have died too early to write
+        assert ask_all(server) == undisturbed, f"seed={seed}"
     with served(host, port, *stores) as server:
         found = [server.ask(chat) for chat in CHATS]
         assert [answer and answer[0] for answer in found] == undisturbed, f"seed={seed}"
