@@ -37,10 +37,7 @@ def chunks_of(model: Any, ids: list[int]) -> tuple[ChunkLayout, list[list[KV]], 
         layout = cached.store.layout
         pieces = tree.match(ids).pieces
         chunks = [
-            [
-                tuple(part[n : n + 1].clone() for part in piece.run.layer(layer))
-                for layer in range(len(layout.layers))
-            ]
+            [tuple(part.clone() for part in parts) for parts in piece.run.chunk(n)]
             for piece in pieces
             for n in range(len(piece.run))
         ]

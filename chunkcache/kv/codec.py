@@ -91,18 +91,18 @@ def _name(namespace: bytes, parent: str, data: bytes) -> str:
 
 
 def encode_chunk(
-    identity: Identity, layers: Sequence[KV], layout: ChunkLayout, pack: bool = False
+    identity: Identity, chunk: Sequence[KV], layout: ChunkLayout, pack: bool = False
 ) -> bytes:
-    """A value from one chunk in the layout of the device, `[1, ...]` each tensor. O(bytes).
+    """A value from one chunk as it lies on the device. O(bytes).
 
     Args:
+        chunk: per run of layers that are alike tensors `[layers, ...]`.
         pack: compress what there is to compress; needs zstandard.
     """
     tensors: dict[str, torch.Tensor] = {}
-    for run in layout.alike:
-        wires = [layout.layers[number].wire(layers[number]) for number in run]
-        for part, tensors_ in enumerate(zip(*wires, strict=True)):
-            tensors[_part(run, part)] = torch.cat(tensors_)
+    for run, parts in zip(layout.alike, chunk, strict=True):
+        for number, part in enumerate(layout.layers[run.start].wire(parts)):
+            tensors[_part(run, number)] = part
     return _encode(identity, tensors, {}, pack)
 
 
@@ -111,7 +111,7 @@ def _part(run: range, part: int) -> str:
 
 
 def decode_chunk(value: Buffer, identity: Identity, layout: ChunkLayout) -> list[KV]:
-    """The layers of a chunk, `[1, ...]` in the shape (not the memory) of the device's layout.
+    """A chunk as `encode_chunk` takes it, in the shape (not the memory) that it has on the device.
 
     Tensors are views of the value if that can be written to, else of a copy. O(bytes).
 
@@ -129,8 +129,7 @@ def decode_chunk(value: Buffer, identity: Identity, layout: ChunkLayout) -> list
             if part is None or part.shape != shape or part.dtype != wanted.dtype:
                 raise CorruptValueError(f"{identity.key} has other tensors than its model")
             parts.append(part)
-        views = (torch.split(part, 1) for part in layer.wire(tuple(parts)))  # all layers at once
-        found += zip(*views, strict=True)
+        found.append(layer.wire(tuple(parts)))
     if tensors:
         raise CorruptValueError(f"{identity.key} has tensors of more layers")
     return found

@@ -12,6 +12,7 @@ to; this is what lets phase 1 of a whole node be one call. Rejected: `[kv_heads,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -125,10 +126,24 @@ class ChunkLayout:
         meta = torch.device("meta")
         return [layer.allocate(1, self.chunk_size, self.dtype, meta) for layer in self.layers]
 
+    def allocate_alike(self, chunks: int) -> list[KV]:
+        """Uninitialised memory, for each run of `alike` layers tensors `[layers, chunks, ...]`."""
+        found = []
+        for run in self.alike:
+            parts = self.allocate_layer(run.start, len(run) * chunks)
+            shapes = ((len(run), chunks, *part.shape[1:]) for part in parts)
+            found.append(tuple(map(torch.Tensor.view, parts, shapes)))
+        return found
+
     def allocate_layer(self, layer: int, chunks: int) -> KV:
         """Uninitialised memory for `chunks` chunks of one layer."""
         return self.layers[layer].allocate(chunks, self.chunk_size, self.dtype, self.device)
 
     def allocate(self, chunks: int) -> list[KV]:
         """Uninitialised memory for `chunks` chunks, a tuple of tensors per layer."""
-        return [self.allocate_layer(layer, chunks) for layer in range(len(self.layers))]
+        return by_layer(self.allocate_alike(chunks))
+
+
+def by_layer(groups: Sequence[KV]) -> list[KV]:
+    """Views of what lies together for layers that are alike, `[layers, ...]`: a tuple per layer."""
+    return [layer for parts in groups for layer in zip(*map(torch.unbind, parts), strict=True)]

@@ -46,9 +46,9 @@ _AHEAD = 2  # batches that are on their way at once
 
 
 class Found(NamedTuple):
-    """A chunk that was read and checked, and the bytes of its value."""
+    """A chunk that was read and checked, as `decode_chunk` gives it, and the bytes of its value."""
 
-    layers: list[KV]
+    chunk: list[KV]
     bytes: int
 
 
@@ -227,7 +227,7 @@ class _Load:
                 gone = self.path[self.at + number :]
                 self.loader.corrupt(tier, gone, one, self.result)
             else:
-                chunks.append(one.layers)
+                chunks.append(one.chunk)
                 tier.moved("loaded", self.path[self.at + number], one.bytes)
         return chunks
 
@@ -239,16 +239,10 @@ class _Load:
 
         def fill(at: int, run: PoolRun) -> None:
             assert at >= first, "what is held cannot be missing"
-            layers = range(len(self.loader.store.layout.layers))
-            places = [[torch.split(part, 1) for part in run.layer(layer)] for layer in layers]
-            pairs = [
-                (places[layer][part][place], tensor)
-                for place, chunk in enumerate(chunks[at - first : at - first + len(run)])
-                for layer, kv in enumerate(chunk)
-                for part, tensor in enumerate(kv)
-            ]
-            if pairs:
-                _copy_all(*map(list, zip(*pairs, strict=True)))
+            for place, chunk in enumerate(chunks[at - first : at - first + len(run)]):
+                for to, read in zip(run.chunk(place), chunk, strict=True):
+                    for there, here in zip(to, read, strict=True):
+                        there.copy_(here)
 
         self._keep(self.loader.store.extend(self.namespace, self.tokens[:end], fill))
         laid = self.at - first
@@ -288,9 +282,6 @@ class _Load:
         except StoreError as error:
             self.loader.failed(error, self.result)
         return None
-
-
-_copy_all: Any = torch._foreach_copy_  # one call for all tensors of a batch
 
 
 def _decoded(

@@ -18,7 +18,7 @@ import torch
 from sortedcontainers import SortedList
 
 from chunkcache.errors import ConfigError
-from chunkcache.kv.layout import KV, ChunkLayout
+from chunkcache.kv.layout import KV, ChunkLayout, by_layer
 from chunkcache.kv.memory import populate
 
 SLAB_BYTES = 256 * 2**20
@@ -54,6 +54,10 @@ class PoolRun:
         end = self.start + self.count
         return tuple(part[self.start : end] for part in self.pool.slab_layer(self.slab, layer))
 
+    def chunk(self, place: int) -> list[KV]:
+        """Views of one chunk: per run of layers that are alike tensors `[layers, ...]`."""
+        return self.pool.slab_chunk(self.slab, self.start + place)
+
 
 class Pool:
     """Allocates runs of chunks within `budget` bytes.
@@ -72,7 +76,8 @@ class Pool:
                 f"model takes {self.chunk_bytes} bytes"
             )
         self._slab_chunks = max(1, min(self.capacity, slab_bytes // self.chunk_bytes or 1))
-        self._slabs: list[list[KV]] = []
+        self._slabs: list[list[KV]] = []  # by run of layers that are alike
+        self._layers: list[list[KV]] = []  # views of them
         self._sizes: list[int] = []
         self._free: SortedList = SortedList()  # (length, slab, start)
         self._by_start: dict[tuple[int, int], int] = {}  # (slab, start) -> length
@@ -102,7 +107,11 @@ class Pool:
 
     def slab_layer(self, slab: int, layer: int) -> KV:
         """The whole tensors of one slab and layer."""
-        return self._slabs[slab][layer]
+        return self._layers[slab][layer]
+
+    def slab_chunk(self, slab: int, place: int) -> list[KV]:
+        """One chunk: per run of layers that are alike tensors `[layers, ...]`."""
+        return [tuple(part[:, place] for part in parts) for parts in self._slabs[slab]]
 
     def allocate(self, chunks: int) -> PoolRun | None:
         """A run of up to `chunks` chunks, as long as contiguous room allows; None if all is used.
@@ -130,7 +139,7 @@ class Pool:
         with self._lock:
             if not self._slabs:
                 self._grow(1)
-            for part in (part for layer in self._slabs[0] for part in layer):
+            for part in (part for layer in self._layers[0] for part in layer):
                 populate(part[: max(1, size // self.chunk_bytes)])
 
     def free(self, run: PoolRun) -> None:
@@ -153,6 +162,7 @@ class Pool:
         with self._lock:
             if not self.used:
                 self._slabs.clear()
+                self._layers.clear()
                 self._sizes.clear()
                 self._free.clear()
                 self._by_start.clear()
@@ -164,10 +174,11 @@ class Pool:
             return
         size = min(room, max(chunks, self._slab_chunks))
         try:
-            self._slabs.append(self.layout.allocate(size))
+            self._slabs.append(self.layout.allocate_alike(size))
         except torch.OutOfMemoryError:  # the budget was more than the device has
             self.capacity = max(1, sum(self._sizes))
             return
+        self._layers.append(by_layer(self._slabs[-1]))
         self._sizes.append(size)
         self._give(size, len(self._slabs) - 1, 0)
 

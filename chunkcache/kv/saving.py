@@ -179,12 +179,7 @@ class Save:
             run = piece.run
             assert isinstance(run, PoolRun)
             if number < len(run):
-                layers = range(len(self.layout.layers))
-                chunk = [
-                    tuple(part[number : number + 1] for part in run.layer(layer))
-                    for layer in layers
-                ]
-                return encode_chunk(identity, chunk, self.layout, compress)
+                return encode_chunk(identity, run.chunk(number), self.layout, compress)
             number -= len(run)
         raise AssertionError("the lease ends before the chunk")
 

@@ -130,7 +130,7 @@ class Tier:
         self.pace = Pace(compute)
         size = layout.chunk_size
         path = identities(os.urandom(32), bytes(2 * size * TOKEN_BYTES), size)
-        chunk = [tuple(part.zero_() for part in layer) for layer in layout.allocate(1)]
+        chunk = [tuple(part[:, 0].zero_() for part in kv) for kv in layout.allocate_alike(1)]
         try:
             self.guard.put([(one.key, encode_chunk(one, chunk, layout)) for one in path])
             one = two = float("inf")
@@ -148,13 +148,13 @@ class Tier:
 
     def _timed(self, path: list[Identity], layout: ChunkLayout) -> float:
         """Seconds to read chunks; infinity if they are not there any more."""
-        begin, to = perf_counter(), layout.allocate(1)
+        begin, to = perf_counter(), layout.allocate_alike(1)
         for identity, value in zip(path, self.guard.get([one.key for one in path]), strict=True):
             if value is None:
                 return float("inf")
             for stored, read in zip(to, decode_chunk(value, identity, layout), strict=True):
                 for there, here in zip(stored, read, strict=True):
-                    there.copy_(here)
+                    there[:, 0].copy_(here)
         return perf_counter() - begin
 
     def report(self) -> dict[str, Any]:

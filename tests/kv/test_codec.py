@@ -47,7 +47,7 @@ def layout_of(kind: str, dtype: torch.dtype = torch.float32) -> ChunkLayout:
 def filled(layout: ChunkLayout, seed: int = 0) -> list[tuple[torch.Tensor, ...]]:
     """A chunk of random bits, strange numbers among them."""
     generator = torch.Generator().manual_seed(seed)
-    chunk = layout.allocate(1)
+    chunk = [tuple(part[:, 0] for part in kv) for kv in layout.allocate_alike(1)]
     for tensor in (part for layer in chunk for part in layer):
         bits = torch.randint(0, 256, (tensor.nbytes,), dtype=torch.uint8, generator=generator)
         tensor.copy_(bits.view(tensor.dtype).view(tensor.shape))

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from chunkcache.attention.batch import Batch
 from chunkcache.attention.choice import choose
 from chunkcache.kv import Arena, ChunkLayout, LayerShape
+from chunkcache.kv.layout import by_layer
 from chunkcache.kv.sequence import Sequence
 from tests.models import DEVICE
 
@@ -37,6 +38,23 @@ def test_what_is_counted_is_what_is_allocated(shape):
     assert sum(tensor.nbytes for tensor in held) == 7 * layout.chunk_bytes
     assert layout.chunk_bytes == 4 * layout.token_bytes
     assert all(len(tensor) == 7 for tensor in held)
+
+
+def test_layers_that_are_alike_lie_together():
+    one, two = LayerShape(2, 6, 4), LayerShape(1, 3, 3)
+    layout = layout_of(one, one, two, one)
+    assert layout.alike == (range(0, 2), range(2, 3), range(3, 4))
+    together = layout.allocate_alike(5)
+    assert [len(parts[0]) for parts in together] == [2, 1, 1]
+    layers = by_layer(together)
+    outlines = [tuple(part.shape[1:] for part in kv) for kv in map(layout.outline, range(4))]
+    assert [tuple(part.shape[1:] for part in kv) for kv in layers] == outlines
+    assert all(part.is_contiguous() and len(part) == 5 for kv in layers for part in kv)
+    for part in (part for kv in together for part in kv):
+        part.zero_()
+    layers[1][0].fill_(1)
+    sums = [[float(part.sum()) for part in kv] for kv in together]
+    assert sums == [[layers[1][0].numel(), 0], [0, 0], [0, 0]]
 
 
 @settings(max_examples=60, deadline=None)

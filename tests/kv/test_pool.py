@@ -102,7 +102,7 @@ def test_a_device_with_less_memory_than_the_budget_ends_growth(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(ChunkLayout, "allocate", full)
+    monkeypatch.setattr(ChunkLayout, "allocate_alike", full)
     assert pool.allocate(2) is None
     assert (pool.capacity, pool.available) == (2, 0)
     pool.check()

@@ -55,10 +55,10 @@ def test_published_blocks_are_copied(store):
 
 @pytest.mark.parametrize("tensors", [1, 3])
 def test_layers_of_any_number_of_tensors(monkeypatch, tensors):
-    def allocate(layout, chunks):
-        return [tuple(torch.zeros(chunks, 2 + number) for number in range(tensors))]
+    def allocate(layer, chunks, *_):
+        return tuple(torch.zeros(chunks, 2 + number) for number in range(tensors))
 
-    monkeypatch.setattr(ChunkLayout, "allocate", allocate)
+    monkeypatch.setattr(LayerShape, "allocate", allocate)
     store = PrefixStore(LAYOUT, LAYOUT.chunk_bytes * 8)
     publish(store, b"a")
     (piece,) = store.tree(b"a").match(TOKENS[:8]).pieces

@@ -27,9 +27,9 @@ def value_of(identity: Identity, layout: ChunkLayout = LAYOUT) -> bytes:
     """Of a chunk, or of a snapshot; numbers tell their place."""
     if identity.is_snapshot:
         return encode_state(identity, [torch.full((3,), float(identity.start))], {"a": 1})
-    chunk = layout.allocate(1)
-    for tensor in (part for layer in chunk for part in layer):
-        tensor.fill_(identity.start)
+    chunk = [
+        tuple(part[:, 0].fill_(identity.start) for part in kv) for kv in layout.allocate_alike(1)
+    ]
     return encode_chunk(identity, chunk, layout)
 
 
