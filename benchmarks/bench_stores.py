@@ -3,7 +3,8 @@
 Chunks of a Llama of 200 M parameters (768 KiB each). Loading means all of it: from the store, checked,
 into the pool; `get` is only what the store does. Against it: reading the same files, from the system's
 cache and, after it forgot them, from the disk; and redis-py's GET of the same bytes, with nothing done to
-them. Then the bytes that a token takes in each store, against the arithmetic.
+them, by a client as it comes and by one that reads in pieces as large as ours ("tuned"). Then the bytes
+that a token takes in each store, against the arithmetic.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import redis
 import torch
 
 from benchmarks.common import interleaved, median, save
@@ -25,6 +27,7 @@ from chunkcache.kv.tier import Tier
 from chunkcache.kv.tiers import Tiers
 from chunkcache.stores.guard import Guard
 from chunkcache.stores.open import open_store
+from chunkcache.stores.redis_url import connect
 from chunkcache.tree import TOKEN_BYTES
 from tests.stores.servers import Server
 
@@ -84,13 +87,15 @@ def forget_files(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def get_plain(store: Any, values: int) -> None:
+def get_plain(client: redis.Redis, values: int) -> None:
     """One GET after the other."""
     for number in range(values):
-        assert store.client.get(f"plain{number}")
+        assert client.get(f"plain{number}")
 
 
-def runs(kind: str, filled: Filled, folder: Path) -> dict[str, tuple[Calls, Callable[[], None]]]:
+def runs(
+    kind: str, url: str, filled: Filled, folder: Path
+) -> dict[str, tuple[Calls, Callable[[], None]]]:
     """What is measured side by side, by name, and what comes before each call."""
     calls: Calls = {"load": filled.load, "get": filled.get}
     if kind == "memory":
@@ -103,11 +108,11 @@ def runs(kind: str, filled: Filled, folder: Path) -> dict[str, tuple[Calls, Call
             forget_files(folder)
 
         return {kind: (calls, filled.forget), "disk, not cached": (calls, uncached)}
-    values = [bytes(value or b"") for value in filled.store.get(filled.keys)]
-    client: Any = filled.store
-    for number, value in enumerate(values):
-        client.client.set(f"plain{number}", value)
-    calls["machine"] = partial(get_plain, filled.store, len(values))
+    plain, tuned = redis.Redis.from_url(url), connect(url, timeout=60.0)
+    for number, value in enumerate(filled.store.get(filled.keys)):
+        plain.set(f"plain{number}", bytes(value or b""))
+    calls["machine"] = partial(get_plain, plain, len(filled.keys))
+    calls["tuned"] = partial(get_plain, tuned, len(filled.keys))
     return {kind: (calls, filled.forget)}
 
 
@@ -142,14 +147,16 @@ def main(tokens: int, repeats: int, seed: int) -> None:
         for kind, url in names.items():
             server.client().flushall()
             filled = Filled(url, tokens, seed)
-            for label, (calls, before) in runs(kind, filled, folder / "store").items():
+            for label, (calls, before) in runs(kind, url, filled, folder / "store").items():
                 interleaved(calls, 2, before)
                 samples = interleaved(calls, repeats, before)
                 found = rates(samples, filled.bytes)
                 shares = {what: found[what] / found.get("machine", found[what]) for what in found}
+                tuned = f", tuned {found['tuned']:,.0f}" if "tuned" in found else ""
                 print(
-                    f"{label:22} machine {found.get('machine', 0):7,.0f} MiB/s, get {found['get']:9,.0f} "
-                    f"({shares['get']:.0%}), load {found['load']:6,.0f} ({shares['load']:.0%})"
+                    f"{label:22} machine {found.get('machine', 0):7,.0f} MiB/s{tuned}, get "
+                    f"{found['get']:9,.0f} ({shares['get']:.0%}), load {found['load']:6,.0f} "
+                    f"({shares['load']:.0%})"
                 )
                 result[label] = {"rates": found, "shares": shares, "samples": samples}
             sizes = result[kind]["token_bytes"] = token_bytes(filled)

@@ -14,6 +14,7 @@ from redis.sentinel import Sentinel
 
 from chunkcache.errors import ConfigError, StoreDownError
 
+_READ = 2**20  # bytes: values are large, and each piece costs a turn of the interpreter
 ERRORS = (RedisError, RedisClusterException, OSError)
 
 
@@ -27,8 +28,7 @@ def connect(url: str, timeout: float) -> Any:
     settings: dict[str, Any] = {
         "socket_timeout": timeout,
         "socket_connect_timeout": timeout,
-        "socket_read_size": 2
-        ** 20,  # values are large, and each piece costs a turn of the interpreter
+        "socket_read_size": _READ,
         "retry": Retry(NoBackoff(), 0),  # who calls knows when to try again
     }
     parts = urlsplit(url)
