@@ -46,10 +46,10 @@ _AHEAD = 2  # batches that are on their way at once
 
 
 class Found(NamedTuple):
-    """A chunk that was read and checked, as `decode_chunk` gives it, and the bytes of its value."""
+    """A chunk that was read and checked, as `decode_chunk` gives it: views of its value."""
 
     chunk: list[KV]
-    bytes: int
+    value: Buffer
 
 
 @dataclass
@@ -192,7 +192,10 @@ class _Load:
             if not begun:
                 return
             wanted, reading = begun.popleft()
-            if self._lay(tier, self._usable(tier, reading())) < wanted:
+            found = self._usable(tier, reading())
+            laid = self._lay(tier, [one.chunk for one in found])
+            tier.guard.store.recycle([one.value for one in found])
+            if laid < wanted:
                 return
 
     @property
@@ -219,16 +222,16 @@ class _Load:
 
         return wait
 
-    def _usable(self, tier: Tier, found: Sequence[Found | CorruptValueError]) -> list[list[KV]]:
+    def _usable(self, tier: Tier, found: Sequence[Found | CorruptValueError]) -> list[Found]:
         """Chunks up to the first that is missing or damaged."""
-        chunks: list[list[KV]] = []
+        chunks: list[Found] = []
         for number, one in enumerate(found):
             if isinstance(one, CorruptValueError):  # and nobody gets at what lies behind it
                 gone = self.path[self.at + number :]
                 self.loader.corrupt(tier, gone, one, self.result)
             else:
-                chunks.append(one.chunk)
-                tier.moved("loaded", self.path[self.at + number], one.bytes)
+                chunks.append(one)
+                tier.moved("loaded", self.path[self.at + number], len(one.value))
         return chunks
 
     def _lay(self, tier: Tier, chunks: Sequence[list[KV]]) -> int:
@@ -293,7 +296,7 @@ def _decoded(
         try:
             if value is None:
                 break
-            found.append(Found(decode_chunk(value, identity, layout), len(value)))
+            found.append(Found(decode_chunk(value, identity, layout), value))
         except CorruptValueError as error:
             found.append(error)
             break

@@ -95,6 +95,9 @@ class Store(ABC):
     def get(self, keys: Sequence[Key]) -> list[Buffer | None]:
         """The value of each key; None for one that is not whole any more. Counts as a use."""
 
+    def recycle(self, values: Sequence[Buffer]) -> None:  # noqa: B027
+        """Takes back values that `get` gave and nobody looks at any more: their memory is used again."""
+
     def peek(self, keys: Sequence[Key]) -> list[Buffer | None]:
         """As `get`, but no use: who looks at all values would make them all look young."""
         return self.get(keys)

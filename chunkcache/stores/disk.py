@@ -17,13 +17,11 @@ from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from threading import Lock
-from typing import Any
-
-import numpy as np
 
 from chunkcache.errors import StoreDownError, StoreFullError
 from chunkcache.stores.base import Buffer, Key, Store, Stored, StoreStats
 from chunkcache.stores.index import Index, Row
+from chunkcache.stores.scratch import Scratch
 
 _log = logging.getLogger(__name__)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -62,6 +60,7 @@ class DiskStore(Store):
         self._lock = Lock()
         self._used: dict[str, float] = {}  # uses that the index does not know of yet
         self._stats = StoreStats(self.kind, budget=budget)
+        self._scratch = Scratch()
         self._index = self._open(timeout)
 
     def _open(self, timeout: float) -> Index | None:
@@ -117,11 +116,25 @@ class DiskStore(Store):
                     self._remove([name])
                     self._stats.expired += 1
                 return None
-            return _contents(path)
+            return self._contents(path)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise StoreDownError(f"{path} cannot be read: {error}") from error
+
+    def _contents(self, path: Path) -> memoryview:
+        """Everything in a file; readers need no copy of it to make tensors."""
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            buffer = self._scratch.take(size)
+            read = 0
+            while read < size and (count := file.readinto(buffer[read:])):
+                read += count
+            return buffer[:read]
+
+    def recycle(self, values: Sequence[Buffer]) -> None:
+        """As the base class says."""
+        self._scratch.give(values)
 
     def _expired(self, path: Path) -> bool:
         return self.ttl is not None and _age(path) > self.ttl
@@ -325,18 +338,6 @@ class DiskStore(Store):
 
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
-
-
-def _contents(path: Path) -> memoryview:
-    """Everything in a file; readers need no copy of it to make tensors."""
-    with open(path, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        numbers: Any = np.empty(size, dtype=np.uint8)
-        buffer = memoryview(numbers)
-        read = 0
-        while read < size and (count := file.readinto(buffer[read:])):
-            read += count
-        return buffer[:read]
 
 
 def _write_all(descriptor: int, value: Buffer) -> None:

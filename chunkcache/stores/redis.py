@@ -22,6 +22,7 @@ from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
 from chunkcache.errors import StoreDownError, StoreFullError
 from chunkcache.stores.base import Buffer, Key, Store, Stored, StoreStats
 from chunkcache.stores.redis_url import ERRORS, connect
+from chunkcache.stores.scratch import Scratch
 
 PART = 512 * 1024  # bytes; redis-py reads longer answers slowly
 _PREFIX = "chunkcache"
@@ -49,6 +50,7 @@ class RedisStore(Store):
         self.client = client
         self.ttl = None if ttl is None else max(1, math.ceil(ttl * 1000))  # milliseconds
         self._stats = StoreStats(self.kind)
+        self._scratch = Scratch()
 
     @staticmethod
     def open(url: str, ttl: float | None = None, timeout: float = 1.0) -> RedisStore:
@@ -123,7 +125,7 @@ class RedisStore(Store):
         flat = [name for each in names for name in each]
         parts = iter(self._parts(flat, ttl))
         return [
-            _join(head, [next(parts) for _ in each])
+            self._join(head, [next(parts) for _ in each])
             for (_, head), each in zip(batch, names, strict=True)
         ]
 
@@ -136,6 +138,26 @@ class RedisStore(Store):
 
         pairs = (names[at : at + _PAIR] for at in range(0, len(names), _PAIR))
         return [part for pair in pairs for part in self._pipeline(partial(ask, pair=pair))]
+
+    def _join(self, head: bytes, parts: Sequence[bytes | None]) -> Buffer | None:
+        """The whole value; None if anything is missing or of another length."""
+        found = _head(head)
+        if found is None:
+            return None
+        count, size = found
+        pieces = parts if count else [head[_HEAD.size :]]
+        there = [piece for piece in pieces if piece is not None]
+        if len(there) != len(pieces) or sum(map(len, there)) != size:
+            return None
+        whole, at = self._scratch.take(size), 0
+        for piece in there:
+            whole[at : at + len(piece)] = piece
+            at += len(piece)
+        return whole
+
+    def recycle(self, values: Sequence[Buffer]) -> None:
+        """As the base class says."""
+        self._scratch.give(values)
 
     def _prolong(self, names: Sequence[str]) -> None:
         if self.ttl is None or not names:
@@ -363,17 +385,3 @@ def _parts(key: Key, head: bytes) -> list[str]:
         return []
     digest = head[_HEAD.size :].hex()
     return [f"{_name(key)}:{digest}:{number}" for number in range(found[0])]
-
-
-def _join(head: bytes, parts: Sequence[bytes | None]) -> Buffer | None:
-    """The whole value; None if anything is missing or of another length."""
-    found = _head(head)
-    if found is None:
-        return None
-    count, size = found
-    if not count:
-        whole = bytearray(memoryview(head)[_HEAD.size :])
-    else:
-        there = [part for part in parts if part is not None]
-        whole = bytearray().join(there) if len(there) == count else bytearray()
-    return whole if len(whole) == size else None

@@ -25,7 +25,7 @@ STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("put"), st.lists(st.tuples(st.sampled_from(KEYS), VALUES), max_size=4)),
         st.tuples(
-            st.sampled_from(["get", "exists", "delete"]),
+            st.sampled_from(["get", "get for a while", "exists", "delete"]),
             st.lists(st.sampled_from(KEYS), unique=True),
         ),
     ),
@@ -38,21 +38,29 @@ STEPS = st.lists(
 )
 @given(steps=STEPS)
 def test_a_store_is_a_dictionary(store, steps) -> None:
+    """What was given out stays what it is until it is given back."""
     store.delete(KEYS)
     oracle: dict[Key, bytes] = {}
+    out = []
     for what, given_ in steps:
         if what == "put":
             assert store.put(given_) == len(given_)
             oracle |= dict(given_)
-        elif what == "get":
-            found = [None if one is None else bytes(one) for one in store.get(given_)]
+        elif what.startswith("get"):
+            values = store.get(given_)
+            found = [None if one is None else bytes(one) for one in values]
             assert found == [oracle.get(key) for key in given_]
+            if what == "get":
+                out += [pair for pair in zip(values, found, strict=True) if pair[1] is not None]
+            else:
+                store.recycle([one for one in values if one is not None])
         elif what == "exists":
             assert store.exists(given_) == [key in oracle for key in given_]
         else:
             assert store.delete(given_) == len(oracle.keys() & set(given_))
             oracle = {key: value for key, value in oracle.items() if key not in given_}
     assert {one.key: one.bytes for one in store.scan()} == {k: len(v) for k, v in oracle.items()}
+    assert all(bytes(value) == copy for value, copy in out)
 
 
 def test_statistics_add_up(store) -> None:
