@@ -20,6 +20,7 @@ import torch
 
 from chunkcache.errors import CorruptValueError, StoreError
 from chunkcache.kv.codec import Identity, decode_chunk, decode_state, identities
+from chunkcache.kv.copies import lay_chunks
 from chunkcache.kv.layout import KV, ChunkLayout
 from chunkcache.kv.pool import PoolRun
 from chunkcache.kv.store import PrefixStore
@@ -242,10 +243,7 @@ class _Load:
 
         def fill(at: int, run: PoolRun) -> None:
             assert at >= first, "what is held cannot be missing"
-            for place, chunk in enumerate(chunks[at - first : at - first + len(run)]):
-                for to, read in zip(run.chunk(place), chunk, strict=True):
-                    for there, here in zip(to, read, strict=True):
-                        there.copy_(here)
+            lay_chunks(run, chunks[at - first : at - first + len(run)])
 
         self._keep(self.loader.store.extend(self.namespace, self.tokens[:end], fill))
         laid = self.at - first

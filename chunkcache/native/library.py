@@ -17,7 +17,7 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in memory.
 Shape = tuple[int, int, int, int, int, int, float, int, int, int, int, float]
 Queries = tuple[int, int, int, int, int]
 Matrices = tuple[int, int, int]
-VERSION = 5  # of the modules' arithmetic and arguments; part of a kernel's name
+VERSION = 6  # of the modules' arithmetic and arguments; part of a kernel's name
 SETS = ("avx512bf16", "avx512", "avx2")  # the best first
 
 
@@ -35,6 +35,9 @@ class Library(Protocol):
 
     def linear(self, *arguments: int | Matrices) -> None:
         """x w^T + bias, per head."""
+
+    def copy(self, *arguments: int) -> None:
+        """Chunks to other places, as they are or turned over."""
 
     def pairs(self) -> bool:
         """Whether `linear` serves bfloat16, and better than the libraries do on this processor."""

@@ -7,6 +7,7 @@
 #include <cpuid.h>
 
 #include "attention.h"
+#include "copies.h"
 #include "linear.h"
 
 #ifndef MODULE
@@ -17,7 +18,7 @@ namespace {
 
 using namespace chunkcache;
 
-constexpr int kVersion = 5;  // of the arithmetic and of the arguments; as in library.py
+constexpr int kVersion = 6;  // of the arithmetic and of the arguments; as in library.py
 
 // Shapes come as (heads, folded, dim, value_dim, chunk, segment, scale, type, latent, window, span,
 // softcap), queries as (query, strides of its places and heads, output, sinks or 0); addresses and
@@ -112,6 +113,20 @@ PyObject* linear(PyObject*, PyObject* args) {
   return unlocked([&] { return job.multiply(threads); });
 }
 
+// Copies of chunks: (bytes of a number, whether turned over, layers, matrices, rows, columns, strides of the
+// layers here and there, pairs of addresses, how many).
+PyObject* copy(PyObject*, PyObject* args) {
+  Copies job;
+  long long layers, matrices, rows, columns, from, to, count;
+  unsigned long long pairs;
+  if (!PyArg_ParseTuple(args, "ipLLLLLLKL", &job.size, &job.turned, &layers, &matrices, &rows, &columns, &from, &to,
+                        &pairs, &count))
+    return nullptr;
+  job.layers = layers, job.matrices = matrices, job.rows = rows, job.columns = columns;
+  job.from_stride = from, job.to_stride = to, job.pairs = at<Copies::Pair>(pairs), job.count = count;
+  return unlocked([&] { return job.copy(), true; });
+}
+
 // Whether linear() takes bfloat16 and nothing here would be faster at it.
 PyObject* pairs(PyObject*, PyObject*) {
   static const bool matrix_unit = [] {  // AMX, which libraries use; asking costs 20 us in a virtual machine
@@ -138,6 +153,7 @@ PyMethodDef methods[] = {{"supported", supported, METH_NOARGS, nullptr},
                          {"prefill", prefill, METH_VARARGS, nullptr},
                          {"step", step, METH_VARARGS, nullptr},
                          {"linear", linear, METH_VARARGS, nullptr},
+                         {"copy", copy, METH_VARARGS, nullptr},
                          {"pairs", pairs, METH_NOARGS, nullptr},
                          {"state_floats", state_floats, METH_VARARGS, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
