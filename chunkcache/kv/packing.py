@@ -16,15 +16,23 @@ _RATIO = 100_000  # bytes from one, at most: zeros
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """A view of a tensor's numbers; of a copy if they do not lie one after another."""
-    numbers: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    numbers: Any = _flat(tensor).numpy()
     return memoryview(numbers)
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """Its bytes in a row."""
+    flat = tensor.contiguous().reshape(-1)
+    if flat.numel() == 1:  # contiguous whatever its stride, which `view` takes amiss
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)
 
 
 def pack_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Bytes of equal weight together (exponents of neighbours are alike), then compressed."""
     import zstandard
 
-    numbers = tensor.reshape(-1).view(torch.uint8).view(tensor.numel(), tensor.element_size())
+    numbers = _flat(tensor).view(tensor.numel(), tensor.element_size())
     planes = numbers.t()
     packed = zstandard.ZstdCompressor(level=_LEVEL).compress(bytes_of(planes))
     return torch.frombuffer(bytearray(packed), dtype=torch.uint8)

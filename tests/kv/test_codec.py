@@ -23,7 +23,7 @@ from chunkcache.kv.codec import (
     identities,
     inspect,
 )
-from chunkcache.kv.packing import pack_tensor, unpack_tensor
+from chunkcache.kv.packing import bytes_of, pack_tensor, unpack_tensor
 from chunkcache.kv.rows import RowShape
 from chunkcache.stores import Key
 from chunkcache.tree import pack
@@ -228,6 +228,15 @@ def test_a_flip_of_any_bit_is_found_without_knowing_what_it_is_of() -> None:
             assert bits(decode_chunk(bytes(damaged), one, layout)) == bits(filled(layout))
         except CorruptValueError:
             continue
+
+
+def test_one_number_of_a_longer_row_is_packed() -> None:
+    """torch calls it contiguous with any stride."""
+    one = torch.arange(6.0)[2::5]
+    assert bytes(bytes_of(one)) == bytes(bytes_of(torch.tensor([2.0])))
+    for pack_ in PACKS:
+        value = encode_state(identity(), [one], None, pack_)
+        assert decode_state(value, identity())[0][0].tolist() == [2.0]
 
 
 @pytest.mark.parametrize("kind", LAYERS)

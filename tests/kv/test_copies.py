@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chunkcache.kv.copies import copy_all
+from chunkcache.kv.packing import bytes_of
 from chunkcache.native.library import libraries
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8]
@@ -23,7 +24,7 @@ def filled(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tenso
 
 
 def bits(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    return bytes(bytes_of(tensor))
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
