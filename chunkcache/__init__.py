@@ -35,6 +35,7 @@ _HOMES = {
         "PromptError",
         "PromptTooLongError",
         "QueueFullError",
+        "TraceError",
         "ReleasedLeaseError",
         "RunLengthError",
         "StoreDownError",

@@ -58,7 +58,7 @@ class Config:
         chunk_size: tokens per chunk. A prefix shorter than this is never stored.
         device_bytes: budget of stored chunks on the model's device, as a number or "2GiB". The
             growing tails of running requests are counted in the statistics, not here.
-        policy: which chunks leave first: "lru" or "lfu".
+        policy: which chunks leave first: "lru", "lfu", "slru", "2q", "s3fifo", "pgdsf" or "ttl:SECONDS".
         tenant: prompts are shared only inside one tenant; part of the namespace.
         two_phase: let sequences that share chunks attend to them in one product.
         two_phase_rows: the fewest sequences for which that product is formed.
@@ -104,8 +104,9 @@ class Config:
             raise ConfigError(f"exactness is {self.exactness!r}; it can be 'auto' or 'borders'")
         if self.kernel not in ("auto", "native", "torch"):
             raise ConfigError(f"kernel is {self.kernel!r}; it can be 'auto', 'native' or 'torch'")
-        if self.policy not in ("lru", "lfu"):
-            raise ConfigError(f"policy is {self.policy!r}; it can be 'lru' or 'lfu'")
+        from chunkcache.tree import named_policy  # numpy takes a while to import
+
+        named_policy(self.policy)
         for name in _COUNTS:
             value = getattr(self, name)
             if value is None and name in ("border", "snapshot_interval"):

@@ -21,6 +21,7 @@ ChunkcacheError
 │   ├── StoreFullError          it takes no more values
 │   └── CorruptValueError       a value that is damaged, or of something else
 │       └── OtherFormatError    a value that another version wrote
+├── TraceError                  a file of requests that cannot be read
 ├── QueueFullError              the server keeps no more waiting requests
 ├── ReleasedLeaseError          KV of a released lease was asked for (RuntimeError)
 └── RunLengthError              a run of chunks of the wrong length (ValueError)
@@ -118,6 +119,10 @@ class CorruptValueError(StoreError):
 
 class OtherFormatError(CorruptValueError):
     """A stored value that another version wrote: whole, as far as its seal tells, but not readable here."""
+
+
+class TraceError(ChunkcacheError):
+    """A file of requests that cannot be read; the message names the line, if it is one."""
 
 
 class QueueFullError(ChunkcacheError):

@@ -13,7 +13,7 @@ import click
 from chunkcache import __version__
 from chunkcache.errors import ChunkcacheError
 
-_COMMANDS = ("serve", "warm", "demo", "report", "tree", "verify", "plan", "store")
+_COMMANDS = ("serve", "warm", "demo", "report", "simulate", "tree", "verify", "plan", "store")
 
 
 class LazyGroup(click.Group):

@@ -21,22 +21,19 @@ from weakref import WeakValueDictionary
 from chunkcache.kv.layout import KV, ChunkLayout
 from chunkcache.kv.pool import Pool, PoolRun
 from chunkcache.tree import (
-    LFU,
-    LRU,
     NEVER,
     Inserted,
     LeafOrder,
     Lease,
-    Policy,
     PrefixTree,
     Run,
     Snapshot,
     SnapshotOrder,
+    named_policy,
 )
 
 Blocks = Callable[[int, int], list[KV]]
 Fill = Callable[[int, PoolRun], None]
-_POLICIES: dict[str, type[Policy]] = {"lru": LRU, "lfu": LFU}
 _EMPTIED = 16  # empty trees that are kept to explain misses
 
 
@@ -60,9 +57,10 @@ class PrefixStore:
 
     Args:
         budget: bytes of chunks; snapshot_budget: bytes of snapshots, over all namespaces.
+        policy: by name, as settings have it.
 
     Raises:
-        ConfigError: `budget` is smaller than one chunk.
+        ConfigError: `budget` is smaller than one chunk, or there is no such policy.
     """
 
     def __init__(
@@ -72,7 +70,7 @@ class PrefixStore:
         self.pool = Pool(layout, budget)
         self.flow = Flow()
         self.snapshot_budget = snapshot_budget
-        self._leaves = LeafOrder(_POLICIES[policy]())
+        self._leaves = LeafOrder(named_policy(policy), self.pool.capacity)
         self._order = SnapshotOrder(snapshot_budget)
         self._alive: WeakValueDictionary[bytes, PrefixTree] = WeakValueDictionary()
         self._filled: dict[bytes, PrefixTree] = {}  # exactly the trees that hold something

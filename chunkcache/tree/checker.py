@@ -111,6 +111,13 @@ def _check_order(tree: View, nodes: list[Node], findings: _Findings) -> None:
     findings.equal({e[1] for e in order}, {n.serial for n in real}, "evictable leaves")
     findings.equal(len(order), len(real), "evictable leaves, counted")
     findings.expect(all(a <= b for a, b in pairwise(everyone)), "order unsorted")
+    shared = any(entry[-1] is not tree._structure for entry in everyone)
+    if tree._structure.order.several and not shared:
+        sizes = Counter[int]()
+        for node in nodes:
+            sizes[node.priority[0]] += node.chunks
+        kept = tree._structure.order.sizes
+        findings.equal(kept, [sizes[queue] for queue in range(len(kept))], "queues")
     for node in nodes:
         if node._entry is not None:
             real_entry = (node.priority, node.serial, node, tree._structure)

@@ -68,7 +68,7 @@ class Node:
     __slots__ = (
         "_entry", "_ghosts", "_names", "_order", "_overdue", "_pins", "_snapshots", "children",
         "chunks", "created", "data", "deadline", "hit_tokens", "hits", "last_used", "leases",
-        "parent", "pins", "priority", "run", "serial", "start", "tick",
+        "memo", "parent", "pins", "priority", "run", "serial", "start", "tick",
     )  # fmt: skip
 
     def __init__(
@@ -85,6 +85,7 @@ class Node:
         self.created = self.last_used = 0.0
         self.deadline = NEVER
         self.priority: Any = 0
+        self.memo: Any = None  # what the policy notes; a value, since both parts of a split get it
         self._order: Any = None  # SortedList of the children's keys, from two children on
         self._entry: tuple[Any, int, Node, Any] | None = None  # its place in the eviction order
         self._ghosts: dict[bytes, Miss] | None = None  # first chunks that left from under it

@@ -26,13 +26,20 @@ class LeafOrder:
     Trees that share an order must share a lock and a clock, and a tree must be cleared before it is
     given up.
 
+    Args:
+        capacity: chunks that there is room for, for policies that share it out.
+
     Attributes:
+        sizes: chunks by queue, of policies that have several; held ones and inner nodes count.
         soonest: before this time nothing ends by its TTL in any of the trees.
     """
 
-    def __init__(self, policy: Policy | None = None) -> None:
+    def __init__(self, policy: Policy | None = None, capacity: float = float("inf")) -> None:
         self.policy = policy or LRU()
+        self.capacity = capacity
         self.entries: Any = SortedList()
+        self.sizes = [0] * self.policy.queues
+        self.several = self.policy.queues > 1
         self.serial = 0  # of the last node made
         self.tick = 0  # of the last use
         self.soonest = float("inf")
@@ -48,6 +55,27 @@ class LeafOrder:
             raise ValueError(f"{type(self.policy).__name__} gives {priority!r} for {node!r}")
         return priority
 
+    def count(self, node: Node, sign: int) -> None:
+        """Add (or with -1 take away) a node's chunks to its queue, where there are several. O(1)."""
+        self.sizes[node.priority[0]] += sign * node.chunks
+
+    def rerank(self, node: Node, priority: Any) -> None:
+        """Give a node that is counted another priority; `place` has to follow. O(1)."""
+        if self.several:
+            self.sizes[node.priority[0]] -= node.chunks
+            self.sizes[priority[0]] += node.chunks
+        node.priority = priority
+
+    def first(self, queue: int) -> int:
+        """The index of the entry that leaves first from a queue, or from another if it has none."""
+        index: int = self.entries.bisect_left(((queue,),))
+        return index if index < len(self.entries) else 0
+
+    def next_tick(self) -> int:
+        """A tick later than all before."""
+        self.tick += 1
+        return self.tick
+
     def place(self, node: Node, owner: Structure, wanted: bool) -> None:
         """Put a node into the order, move it there, or take it out. O(log leaves)."""
         entry = node._entry
@@ -62,8 +90,13 @@ class LeafOrder:
 
     def evict(self, chunks: int) -> int:
         """Free up to `chunks` chunks, least valuable leaf first, from its tail. O(log) a step."""
-        freed = 0
+        freed, policy = 0, self.policy
         while freed < chunks and self.entries:
-            _, _, leaf, owner = self.entries[0]
-            freed += owner.shed(leaf, chunks - freed)
+            _, _, leaf, owner = self.entries[policy.victim(self)]
+            again = policy.spared(leaf, self)
+            if again is None:
+                freed += owner.shed(leaf, chunks - freed)
+            else:
+                self.rerank(leaf, again)
+                owner.place(leaf)
         return freed

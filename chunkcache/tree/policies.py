@@ -4,18 +4,31 @@ The tree keeps the evictable leaves sorted by the answer and asks again only whe
 a policy needs no bookkeeping of its own. Only leaves ever leave, and of one request's path at most
 one node is a leaf, so for a policy that orders by last use it makes no difference whether a request
 touches its path root first or leaf first; the tree offers both.
+
+Policies with several queues say in which one a node is, and from which one leaves; queues.py has them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chunkcache.tree.node import Node
 
+if TYPE_CHECKING:
+    from chunkcache.tree.order import LeafOrder
+
 
 class Policy:
-    """Base of eviction policies: override `priority`."""
+    """Base of eviction policies: override `priority`.
+
+    Attributes:
+        queues: how many there are; with several, `priority` gives `(queue, rank in it)`.
+        ttl: seconds after its last use that a prefix is kept; None: no limit.
+    """
+
+    queues = 1
+    ttl: float | None = None
 
     def priority(self, node: Node, now: float) -> Any:
         """Return a value that sorts `node` among the others; the lowest leaves first.
@@ -25,8 +38,19 @@ class Policy:
         """
         raise NotImplementedError
 
-    def evicted(self, node: Node) -> None:
-        """Hear that `node` left under pressure; optional, for policies that age (PGDSF)."""
+    def victim(self, order: LeafOrder) -> int:
+        """The index of the entry of `order` that leaves next; the lowest, unless overridden."""
+        return 0
+
+    def spared(self, node: Node, order: LeafOrder) -> Any:
+        """Another priority for a node that was to leave, or None: it leaves.
+
+        Must not spare for ever what nobody uses.
+        """
+        return None
+
+    def evicted(self, node: Node, chunks: int) -> None:
+        """Hear that the last `chunks` chunks of `node` leave under pressure; they are still there."""
 
 
 class LRU(Policy):
@@ -57,3 +81,36 @@ class Priority(Policy):
 
     def priority(self, node: Node, now: float) -> tuple[float, int]:
         return self.rank(node), node.tick
+
+
+class TTL(LRU):
+    """Least recently used first, and nothing stays that was not used for a while.
+
+    Args:
+        ttl: seconds.
+    """
+
+    def __init__(self, ttl: float) -> None:
+        self.ttl = ttl
+
+
+class PGDSF(Policy):
+    """By what a token's place costs, how often it was used, and when: prefix-aware Greedy Dual.
+
+    Computing a token behind `start` others costs as much as `1 + start / slope` tokens at the beginning,
+    since attention grows. What leaves raises the clock, so that what is not used any more grows old.
+    After Jin et al., "RAGCache", arXiv:2404.12457, section 5.1; Cherkasova, HPL-98-69R1.
+
+    Args:
+        slope: tokens behind which attention costs as much as all else.
+    """
+
+    def __init__(self, slope: float = 32_768) -> None:
+        self.slope = slope
+        self.clock = 0.0
+
+    def priority(self, node: Node, now: float) -> tuple[float, int]:
+        return self.clock + (1 + node.hits) * (1 + node.start / self.slope), node.tick
+
+    def evicted(self, node: Node, chunks: int) -> None:
+        self.clock = max(self.clock, node.priority[0])

@@ -88,6 +88,7 @@ class PrefixTree(View):
         snapshots = Snapshots(snapshot_order or SnapshotOrder(), on_drop)
         order = leaf_order or LeafOrder(policy)
         self._structure = Structure(chunk_size, order, on_evict, ghosts, snapshots)
+        self._ttl = order.policy.ttl
         self._lifetimes = Lifetimes(self._structure)
         self._open: set[Lease | Growing] = set()
 
@@ -120,6 +121,8 @@ class PrefixTree(View):
             lease = Lease(self, match)
             self._open.add(lease)
             self._structure.hold(node, leases=+1)
+            if self._ttl is not None:
+                self._lifetimes.extend(node, now + self._ttl)
             try:
                 hit = stop.tokens if count else None
                 self._structure.touch(node, now, self.touch == "leaf_first", hit)
@@ -186,14 +189,15 @@ class PrefixTree(View):
         and the result is not `complete`. It may call `evict`: the path is protected. If it raises,
         what was stored before stays too. A run the tree cannot use goes to `on_evict`.
 
-        `ttl` seconds from now the nodes expire, unless another insert or pin gives them longer.
+        `ttl` seconds from now (or the policy's, after the last use) the nodes expire, unless another
+        insert or pin gives them longer.
         `pin` holds them against eviction as long; `name` labels them, and the name moves if it was
         elsewhere. Counts as a use of the path, not as a hit.
 
         Runtime complexity: O(n) bytes, O(depth log nodes).
         """
         data = pack(tokens)
-        deadline_in = seconds_of(ttl)
+        deadline_in = seconds_of(self._ttl if ttl is None else ttl)
         whole = self._end(data, limit) // self._structure.chunk_bytes * self._structure.chunk_bytes
         with self._lock:
             now = self._clock()

@@ -62,6 +62,8 @@ class Structure:
         chunks = sign * node.chunks
         self.nodes += sign
         self.chunks += chunks
+        if self.order.several:
+            self.order.count(node, sign)
         if not node.children:
             self.leaves += sign
         if node.leases:
@@ -132,7 +134,11 @@ class Structure:
             if hit is not None:
                 step.hits += 1
                 step.hit_tokens += min(step.token_count, hit - step.start)
-            step.priority = order.rank(step, now)
+            priority = order.rank(step, now)
+            if order.several:
+                order.rerank(step, priority)
+            else:
+                step.priority = priority
         self.place(node)
 
     # -- shape
@@ -172,7 +178,7 @@ class Structure:
         parent = node.parent
         assert parent is not None
         upper = Node(self._next(), node.data[:edge], node.start, head, chunks, parent)
-        for name in ("leases", "pins", "hits", "tick", "last_used", "created", "priority"):
+        for name in ("leases", "pins", "hits", "tick", "last_used", "created", "priority", "memo"):
             setattr(upper, name, getattr(node, name))
         upper.deadline, upper._overdue = node.deadline, node._overdue
         upper.hit_tokens = min(node.hit_tokens, node.hits * upper.token_count)
@@ -241,12 +247,12 @@ class Structure:
 
     def shed(self, leaf: Node, chunks: int) -> int:
         """Evict up to `chunks` chunks of a leaf nobody holds, from its end; return how many."""
-        if chunks < leaf.chunks:
-            self.trim(leaf, chunks, Miss.EVICTED)
-            return chunks
-        freed = leaf.chunks
-        self.order.policy.evicted(leaf)
-        self.drop_leaf(leaf, Miss.EVICTED)
+        freed = min(chunks, leaf.chunks)
+        self.order.policy.evicted(leaf, freed)
+        if freed < leaf.chunks:
+            self.trim(leaf, freed, Miss.EVICTED)
+        else:
+            self.drop_leaf(leaf, Miss.EVICTED)
         return freed
 
 

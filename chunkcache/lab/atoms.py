@@ -1,0 +1,117 @@
+"""A trace as numbers: the runs of chunks that all its prompts use together or not at all.
+
+What no prompt leaves or ends inside of is one *atom*: a node of the compressed tree of all prompts. Who
+looks at a trace as a whole (LRU at every size at once, the optimum that knows the future) then handles
+a few atoms a prompt instead of many chunks.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from chunkcache.lab.trace import Form, Request
+from chunkcache.tree import TOKEN_BYTES, common_prefix
+
+
+@dataclass
+class Atoms:
+    """See the module; a few bytes for each atom that a prompt uses.
+
+    Attributes:
+        chunk: tokens of a chunk.
+        sizes: chunks by atom; depths: chunks before it on its path.
+        tokens: by prompt; limits: chunks of each that may be hits.
+        visits: the atoms of all prompts, one prompt after the other, each from its beginning on; behind
+            its own come those of its answer.
+        ends: where the visits of each prompt end.
+    """
+
+    chunk: int
+    sizes: array[int] = field(default_factory=lambda: array("q"))
+    depths: array[int] = field(default_factory=lambda: array("q"))
+    tokens: array[int] = field(default_factory=lambda: array("q"))
+    limits: array[int] = field(default_factory=lambda: array("q"))
+    visits: array[int] = field(default_factory=lambda: array("q"))
+    ends: array[int] = field(default_factory=lambda: array("q"))
+
+    @property
+    def chunks(self) -> int:
+        """Different ones of all prompts."""
+        return sum(self.sizes)
+
+    def may_hit(self, prompt: int, atom: int) -> bool:
+        """Whether an atom of a prompt counts if it is stored; as a whole or not at all."""
+        return self.depths[atom] < self.limits[prompt]
+
+    def hit_tokens(self, prompt: int, chunks: int) -> int:
+        """Of a prompt of which so many chunks are stored."""
+        return min(min(chunks, self.limits[prompt]) * self.chunk, self.tokens[prompt])
+
+
+class _Node:
+    __slots__ = ("atom", "children", "data")
+
+    def __init__(self, data: bytes, children: dict[bytes, _Node]):
+        self.data = data
+        self.children = children
+        self.atom = -1
+
+
+def atomise(requests: Iterable[Request], form: Form, chunk: int) -> Atoms:
+    """The atoms of a trace, which is kept in memory meanwhile. O(keys), and O(1) for each atom used."""
+    size = chunk // form.block * form.width
+    roots: dict[str, _Node] = {}
+    prompts: list[tuple[_Node, bytes]] = []
+    found = Atoms(chunk)
+    for request in requests:
+        root = roots.setdefault(request.tenant, _Node(b"", {}))
+        limit = form.limit(request) * TOKEN_BYTES // size
+        _insert(root, request.keys, size)
+        if limit < len(request.keys) // size:  # what lies behind can be stored, but is no hit
+            _insert(root, request.keys[: limit * size], size)
+        stored = bytes(request.keys)
+        if request.answer:
+            stored = request.keys + request.answer
+            _insert(root, stored, size)
+        prompts.append((root, stored))
+        found.tokens.append(request.tokens)
+        found.limits.append(limit)
+    for root, stored in prompts:
+        _visit(found, root, stored, size)
+    return found
+
+
+def _insert(root: _Node, data: bytes, size: int) -> None:
+    node, at, end = root, 0, len(data) // size * size
+    while at < end:
+        key = data[at : at + size]
+        child = node.children.get(key)
+        if child is None:
+            node.children[key] = _Node(data[at:end], {})
+            return
+        length = len(child.data)
+        if at + length > end or not data.startswith(child.data, at):
+            words = common_prefix(
+                data, at // TOKEN_BYTES, child.data, 0, min(length, end - at) // TOKEN_BYTES
+            )
+            length = words * TOKEN_BYTES // size * size
+            below = _Node(child.data[length:], child.children)
+            child.data, child.children = child.data[:length], {below.data[:size]: below}
+        node, at = child, at + length
+
+
+def _visit(found: Atoms, root: _Node, data: bytes, size: int) -> None:
+    """Notes the path of a prompt; what is visited for the first time becomes an atom."""
+    node, at, end = root, 0, len(data) // size * size
+    visits = found.visits
+    while at < end:
+        node = node.children[data[at : at + size]]
+        if node.atom < 0:
+            node.atom = len(found.sizes)
+            found.sizes.append(len(node.data) // size)
+            found.depths.append(at // size)
+        visits.append(node.atom)
+        at += len(node.data)
+    found.ends.append(len(visits))

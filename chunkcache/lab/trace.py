@@ -1,0 +1,223 @@
+"""Requests as they came: files of one JSON object a line, read and written line by line.
+
+Files are of two kinds. *Blocks*: `hash_ids` name the blocks of a prompt, each id of the whole prefix up
+to there, as in the traces of Mooncake (FAST 2025, arXiv:2407.00079); nobody reads text out of them.
+*Tokens*: `tokens` and `answer` are the ids themselves. Both have `timestamp` (milliseconds),
+`input_length` and `output_length` (tokens), and may tell more of a request: `prompt` (a name), `tenant`,
+and `reuse`, what the cache did that recorded it. A first line with `chunkcache_trace` says how long
+blocks are; Mooncake's have no such line and 512 tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from chunkcache.errors import InvalidTokensError, TraceError
+from chunkcache.tree import TOKEN_BYTES, Packed, pack
+
+VERSION = 1
+MOONCAKE = 512  # tokens of a block
+_HEAD = "chunkcache_trace"
+_LARGEST = 2**64
+_NOTHING = Packed()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt.
+
+    Attributes:
+        time: seconds since the trace began.
+        keys: what a prefix tree compares: packed token ids, or 8 bytes a block.
+        tokens: of the prompt; output: tokens generated.
+        answer: keys that are stored behind those of the prompt once it was answered.
+        prompt: the named prompt that it begins with; tenant: whose it is.
+        reuse: what the cache did that recorded it, if one did.
+    """
+
+    time: float
+    keys: Packed
+    tokens: int
+    output: int = 0
+    answer: Packed = _NOTHING
+    prompt: str = ""
+    tenant: str = ""
+    reuse: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a file names what prompts are made of.
+
+    Attributes:
+        block: tokens that one key stands for; width: bytes of a key.
+        partial: whether a last block may be shorter than the others, and is stored all the same.
+    """
+
+    block: int
+    width: int
+    partial: bool = False
+
+    @property
+    def words(self) -> int:
+        """Of the tree's, in a key."""
+        return self.width // TOKEN_BYTES
+
+    def limit(self, request: Request) -> int:
+        """In the tree's words, how much of a prompt may be a hit.
+
+        Its last token is always computed; but not where the trace's own rule lets a whole prompt be one.
+        """
+        if self.partial:
+            return len(request.keys) // TOKEN_BYTES
+        return (request.tokens - 1) // self.block * self.words
+
+
+TOKENS = Form(1, TOKEN_BYTES)
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line that is no request, by its number from 1 on, and why."""
+
+    number: int
+    why: str
+
+
+@dataclass
+class Trace:
+    """A file of requests; each iteration reads it anew, with one line in memory.
+
+    Args:
+        on_bad: hears of lines that are no requests, which are left out; without it they raise.
+
+    Raises:
+        TraceError: the file cannot be read or has no request; a line is no request.
+    """
+
+    path: Path
+    block: int | None = None
+    on_bad: Callable[[BadLine], object] | None = None
+    form: Form = field(init=False)
+    head: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.head, first = self._first()
+        if "tokens" in first:
+            self.form = TOKENS
+        else:
+            own = self.head.get("block_size", MOONCAKE)
+            self.form = Form(self.block or own, 8, partial=_HEAD not in self.head)
+            if not isinstance(self.form.block, int) or self.form.block < 1:
+                raise TraceError(f"{self.path}: blocks of {self.form.block!r} tokens")
+
+    def __iter__(self) -> Iterator[Request]:
+        read = _tokens if self.form is TOKENS else _blocks
+        for number, line in self._lines():
+            try:
+                fields = json.loads(line)
+                if not isinstance(fields, dict):
+                    raise ValueError("not an object of JSON")
+                if number == 1 and _HEAD in fields:
+                    continue
+                yield read(fields, self.form)
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+                self._bad(BadLine(number, _why(error)))
+
+    def _first(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The line about the file, if there is one, and the first request's fields."""
+        head: dict[str, Any] = {}
+        for number, line in self._lines():
+            try:
+                fields = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if not isinstance(fields, dict):
+                continue
+            if number == 1 and _HEAD in fields:
+                head = fields
+                if head[_HEAD] != VERSION:
+                    raise TraceError(f"{self.path} is a trace of version {head[_HEAD]!r}")
+            elif "tokens" in fields or "hash_ids" in fields:
+                return head, fields
+        raise TraceError(f"{self.path} has no request: lines of JSON with tokens or hash_ids")
+
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
+        try:
+            with open(self.path, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield number, line
+        except OSError as error:
+            raise TraceError(f"{self.path} cannot be read: {error.strerror}") from error
+
+    def _bad(self, line: BadLine) -> None:
+        if self.on_bad is None:
+            raise TraceError(f"{self.path}, line {line.number}: {line.why}")
+        self.on_bad(line)
+
+
+def _blocks(fields: dict[str, Any], form: Form) -> Request:
+    keys = _ids(fields["hash_ids"])
+    tokens = _count(fields, "input_length")
+    blocks = len(keys) // form.width
+    whole = tokens // form.block if not form.partial else -(-tokens // form.block)
+    if blocks != whole:
+        raise ValueError(f"{blocks} blocks of {form.block} for {tokens} tokens")
+    return _request(fields, keys, tokens, _ids(fields.get("answer_ids", [])))
+
+
+def _tokens(fields: dict[str, Any], form: Form) -> Request:
+    keys = Packed(pack(fields["tokens"]))
+    tokens = len(keys) // TOKEN_BYTES
+    if fields.get("input_length", tokens) != tokens:
+        raise ValueError(f"{tokens} ids, but input_length is {fields['input_length']!r}")
+    return _request(fields, keys, tokens, pack(fields.get("answer", [])))
+
+
+def _request(fields: dict[str, Any], keys: Packed, tokens: int, answer: bytes) -> Request:
+    return Request(
+        float(fields.get("timestamp", 0)) / 1000,
+        keys,
+        tokens,
+        _count(fields, "output_length", 0),
+        Packed(answer),
+        str(fields.get("prompt") or ""),
+        str(fields.get("tenant") or ""),
+        fields.get("reuse"),
+    )
+
+
+def _ids(values: Any) -> Packed:
+    """Two of the tree's words each, so that any hash of 64 bits is told from any other.
+
+    The lower one first: small ids then differ in it, and no neighbour seems to match in part.
+    """
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise ValueError("hash_ids must be a list of integers")
+    if values and not 0 <= min(values) <= max(values) < _LARGEST:
+        raise ValueError("hash_ids must be from 0 to 2**64 - 1")
+    return Packed(np.array(values, dtype="<u8").view("<u4").astype(">u4").tobytes())
+
+
+def _count(fields: dict[str, Any], name: str, default: int | None = None) -> int:
+    value = fields[name] if default is None else fields.get(name, default)
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{name} must be a number of tokens, not {value!r}")
+    return value
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"no JSON: {error.msg}"
+    if isinstance(error, KeyError):
+        return f"{error.args[0]} is missing"
+    if isinstance(error, InvalidTokensError):
+        return str(error)
+    return str(error) or type(error).__name__
