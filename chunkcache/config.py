@@ -58,7 +58,8 @@ class Config:
         chunk_size: tokens per chunk. A prefix shorter than this is never stored.
         device_bytes: budget of stored chunks on the model's device, as a number or "2GiB". The
             growing tails of running requests are counted in the statistics, not here.
-        policy: which chunks leave first: "lru", "lfu", "slru", "2q", "s3fifo", "pgdsf" or "ttl:SECONDS".
+        policy: which chunks leave first: "lru", "lfu", "slru", "2q", "s3fifo", "arc", "pgdsf", "gdlf"
+            or "ttl:SECONDS"; docs/policies.md compares them.
         tenant: prompts are shared only inside one tenant; part of the namespace.
         two_phase: let sequences that share chunks attend to them in one product.
         two_phase_rows: the fewest sequences for which that product is formed.

@@ -65,7 +65,7 @@ class _Policies(click.ParamType[tuple[str, ...]]):
     type=_Policies(),
     default="lru,belady",
     show_default=True,
-    help="lru, lfu, slru, 2q, s3fifo, pgdsf, ttl:SECONDS; belady knows the future.",
+    help="lru, lfu, slru, 2q, s3fifo, arc, pgdsf, gdlf, ttl:SECONDS; belady knows the future.",
 )
 @click.option(
     "--block-size",

@@ -23,7 +23,7 @@ from chunkcache.tree import TOKEN_BYTES, Packed, pack
 
 VERSION = 1
 MOONCAKE = 512  # tokens of a block
-_HEAD = "chunkcache_trace"
+HEAD = "chunkcache_trace"
 _LARGEST = 2**64
 _NOTHING = Packed()
 
@@ -113,7 +113,7 @@ class Trace:
             self.form = TOKENS
         else:
             own = self.head.get("block_size", MOONCAKE)
-            self.form = Form(self.block or own, 8, partial=_HEAD not in self.head)
+            self.form = Form(self.block or own, 8, partial=HEAD not in self.head)
             if not isinstance(self.form.block, int) or self.form.block < 1:
                 raise TraceError(f"{self.path}: blocks of {self.form.block!r} tokens")
 
@@ -124,7 +124,7 @@ class Trace:
                 fields = json.loads(line)
                 if not isinstance(fields, dict):
                     raise ValueError("not an object of JSON")
-                if number == 1 and _HEAD in fields:
+                if number == 1 and HEAD in fields:
                     continue
                 yield read(fields, self.form)
             except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
@@ -140,10 +140,10 @@ class Trace:
                 continue
             if not isinstance(fields, dict):
                 continue
-            if number == 1 and _HEAD in fields:
+            if number == 1 and HEAD in fields:
                 head = fields
-                if head[_HEAD] != VERSION:
-                    raise TraceError(f"{self.path} is a trace of version {head[_HEAD]!r}")
+                if head[HEAD] != VERSION:
+                    raise TraceError(f"{self.path} is a trace of version {head[HEAD]!r}")
             elif "tokens" in fields or "hash_ids" in fields:
                 return head, fields
         raise TraceError(f"{self.path} has no request: lines of JSON with tokens or hash_ids")

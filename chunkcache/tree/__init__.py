@@ -6,12 +6,14 @@ from chunkcache.tree.lease import Lease
 from chunkcache.tree.named import POLICIES, named_policy
 from chunkcache.tree.node import NEVER, Inserted, Match, Miss, Node, Piece, Run
 from chunkcache.tree.order import LeafOrder
-from chunkcache.tree.policies import LFU, LRU, PGDSF, TTL, Policy, Priority
+from chunkcache.tree.policies import GDLF, LFU, LRU, PGDSF, TTL, Policy, Priority
 from chunkcache.tree.prefix_tree import PrefixTree
-from chunkcache.tree.queues import S3FIFO, SLRU, TwoQueues
+from chunkcache.tree.queues import ARC, S3FIFO, SLRU, TwoQueues
 from chunkcache.tree.snapshots import Resume, Snapshot, SnapshotOrder
 
 __all__ = [
+    "ARC",
+    "GDLF",
     "LFU",
     "LRU",
     "NEVER",

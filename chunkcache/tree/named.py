@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from chunkcache.errors import ConfigError
-from chunkcache.tree.policies import LFU, LRU, PGDSF, TTL, Policy
-from chunkcache.tree.queues import S3FIFO, SLRU, TwoQueues
+from chunkcache.tree.policies import GDLF, LFU, LRU, PGDSF, TTL, Policy
+from chunkcache.tree.queues import ARC, S3FIFO, SLRU, TwoQueues
 
 POLICIES: dict[str, Callable[[], Policy]] = {
     "lru": LRU,
@@ -14,7 +14,9 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "slru": SLRU,
     "2q": TwoQueues,
     "s3fifo": S3FIFO,
+    "arc": ARC,
     "pgdsf": PGDSF,
+    "gdlf": GDLF,
 }
 
 

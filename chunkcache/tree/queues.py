@@ -45,42 +45,31 @@ class SLRU(Policy):
         return order.sizes[_OLD] > self.protected * order.capacity
 
 
-class Remembering(Policy):
-    """Base of policies that know for a while what they let go.
+class Gone:
+    """What left lately, by its first chunk; the oldest is forgotten first. Every operation is O(1).
 
     Attributes:
-        share: of the capacity, chunks that are remembered.
+        chunks: that are remembered; bound: how many may be.
     """
 
-    queues = 2
-    share = 1.0
-
     def __init__(self) -> None:
-        self._gone: OrderedDict[int, int] = OrderedDict()  # chunks that left with that first one
-        self._chunks = 0
-        self._bound = 0.0
+        self._entries: OrderedDict[int, int] = OrderedDict()
+        self.chunks = 0
+        self.bound = 0.0
 
     def remember(self, node: Node, chunks: int) -> None:
-        """Notes that the last chunks of a node leave. O(1)."""
+        """The last chunks of a node leave."""
         name = _name(node, node.chunks - chunks)
-        self._chunks += chunks - self._gone.pop(name, 0)
-        self._gone[name] = chunks
-        while self._chunks > self._bound:
-            self._chunks -= self._gone.popitem(last=False)[1]
+        self.chunks += chunks - self._entries.pop(name, 0)
+        self._entries[name] = chunks
+        while self.chunks > self.bound:
+            self.chunks -= self._entries.popitem(last=False)[1]
 
-    def recall(self, node: Node) -> bool:
-        """Whether what a new node begins with left lately; that is forgotten then. O(1)."""
-        chunks = self._gone.pop(_name(node, 0), 0)
-        self._chunks -= chunks
-        return chunks > 0
-
-    def victim(self, order: LeafOrder) -> int:
-        self._bound = self.share * order.capacity
-        return order.first(self.queue(order))
-
-    def queue(self, order: LeafOrder) -> int:
-        """From which one leaves."""
-        raise NotImplementedError
+    def recall(self, node: Node) -> int:
+        """How many chunks left with what a new node begins with; they are forgotten then."""
+        chunks = self._entries.pop(_name(node, 0), 0)
+        self.chunks -= chunks
+        return chunks
 
 
 def _name(node: Node, chunk: int) -> int:
@@ -90,7 +79,7 @@ def _name(node: Node, chunk: int) -> int:
     return hash((node.start + begin // TOKEN_BYTES, node.data[begin : begin + size]))
 
 
-class TwoQueues(Remembering):
+class TwoQueues(Policy):
     """First in, first out for what is new; least recently used for what came back after it left.
 
     Johnson and Shasha, "2Q", VLDB 1994, the full version.
@@ -99,26 +88,30 @@ class TwoQueues(Remembering):
         new: share of the capacity for what is new; share: of it, remembered.
     """
 
+    queues = 2
+
     def __init__(self, new: float = 0.25, share: float = 0.5) -> None:
-        super().__init__()
         self.new = new
         self.share = share
+        self._gone = Gone()
 
     def priority(self, node: Node, now: float) -> tuple[int, int]:
         if node.memo is None:
-            node.memo = (_OLD if self.recall(node) else _NEW), node.tick
+            node.memo = (_OLD if self._gone.recall(node) else _NEW), node.tick
         queue, since = node.memo
         return queue, (since if queue == _NEW else node.tick)
 
-    def queue(self, order: LeafOrder) -> int:
-        return _NEW if order.sizes[_NEW] > self.new * order.capacity else _OLD
+    def victim(self, order: LeafOrder) -> int:
+        self._gone.bound = self.share * order.capacity
+        full = order.sizes[_NEW] > self.new * order.capacity
+        return order.first(_NEW if full else _OLD)
 
     def evicted(self, node: Node, chunks: int) -> None:
         if node.priority[0] == _NEW:
-            self.remember(node, chunks)
+            self._gone.remember(node, chunks)
 
 
-class S3FIFO(Remembering):
+class S3FIFO(Policy):
     """Queues without reordering: a small one that most leave soon, and a main one with more chances.
 
     Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023.
@@ -127,21 +120,23 @@ class S3FIFO(Remembering):
         small: share of the capacity; least: uses in the small queue that lead to the main one.
     """
 
-    share = 0.9
+    queues = 2
 
     def __init__(self, small: float = 0.1, least: int = 2) -> None:
-        super().__init__()
         self.small = small
         self.least = least
+        self._gone = Gone()
 
     def priority(self, node: Node, now: float) -> tuple[int, int]:
         if node.memo is None:
-            node.memo = (_OLD if self.recall(node) else _NEW), node.tick, node.hits
+            node.memo = (_OLD if self._gone.recall(node) else _NEW), node.tick, node.hits
         queue, since, _ = node.memo
         return queue, since
 
-    def queue(self, order: LeafOrder) -> int:
-        return _NEW if order.sizes[_NEW] >= self.small * order.capacity else _OLD
+    def victim(self, order: LeafOrder) -> int:
+        self._gone.bound = (1 - self.small) * order.capacity
+        full = order.sizes[_NEW] >= self.small * order.capacity
+        return order.first(_NEW if full else _OLD)
 
     def spared(self, node: Node, order: LeafOrder) -> tuple[int, int] | None:
         queue, _, base = node.memo
@@ -155,4 +150,42 @@ class S3FIFO(Remembering):
 
     def evicted(self, node: Node, chunks: int) -> None:
         if node.priority[0] == _NEW:
-            self.remember(node, chunks)
+            self._gone.remember(node, chunks)
+
+
+class ARC(Policy):
+    """Two lists, each least recently used first, whose shares follow what is missed.
+
+    What comes back after it left the list of what was used once makes that list larger, and what left
+    the other one makes it smaller. Megiddo and Modha, "ARC", FAST 2003.
+    """
+
+    queues = 2
+
+    def __init__(self) -> None:
+        self.new = 0.0  # chunks that were used once, at which these leave first
+        self._gone = Gone(), Gone()
+        self._capacity = 0.0
+
+    def priority(self, node: Node, now: float) -> tuple[int, int]:
+        if node.memo is None:
+            node.memo = self._came_back(node)
+        return (_OLD if node.memo or node.hits else _NEW), node.tick
+
+    def _came_back(self, node: Node) -> bool:
+        for queue, sign in ((_NEW, 1), (_OLD, -1)):
+            own, other = self._gone[queue], self._gone[1 - queue]
+            ratio = max(1.0, other.chunks / own.chunks) if own.chunks else 1.0
+            if chunks := own.recall(node):
+                self.new = min(max(0.0, self.new + sign * ratio * chunks), self._capacity)
+                return True
+        return False
+
+    def victim(self, order: LeafOrder) -> int:
+        self._capacity = order.capacity
+        for gone in self._gone:
+            gone.bound = order.capacity / 2
+        return order.first(_NEW if order.sizes[_NEW] > self.new else _OLD)
+
+    def evicted(self, node: Node, chunks: int) -> None:
+        self._gone[node.priority[0]].remember(node, chunks)

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from chunkcache.errors import ConfigError
 from chunkcache.tree import (
+    ARC,
+    GDLF,
     LFU,
     LRU,
     PGDSF,
@@ -194,6 +196,12 @@ def test_policies_by_hand() -> None:
     # s3-fifo: a and b were used twice more and go to the main queue when it is their turn
     assert order_of_leaving(S3FIFO(), 4, "aaabbbcdef") == "cd"
     assert order_of_leaving(S3FIFO(), 4, "abcdefg") == "abc"
+    # arc: what is new leaves first; b comes back, so one new prompt may stay, f, and a leaves for g
+    assert order_of_leaving(ARC(), 4, "aabcdebfeg") == "bcda"
+    assert order_of_leaving(ARC(), 4, "aabcdexfeg") == "bcdx"
+    # a lasts two rounds, the others one
+    assert order_of_leaving(GDLF(), 2, "aabcdef") == "bacd"
+    assert order_of_leaving(GDLF(), 2, "aaabcdef") == "bcad"
     # the clock rises with what leaves: c is worth as much as a, which was used twice, but long ago
     assert order_of_leaving(PGDSF(), 2, "aabcdef") == "bacd"
 

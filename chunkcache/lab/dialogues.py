@@ -1,0 +1,165 @@
+"""Chat logs as requests: what a server would have been asked, turn by turn.
+
+Logs are JSON (a list of dialogues) or a dialogue a line. A dialogue is a list of messages, or an object
+that has them under one of the usual names; messages have a role and content, or `from` and `value`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from chunkcache.errors import TraceError
+from chunkcache.lab.trace import BadLine
+
+Message = dict[str, Any]
+_LISTS = ("messages", "conversations", "conversation", "traj", "dialogue", "dialog")
+_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+# For tokenizers without a template: roles in lines of their own.
+_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+class Turn(NamedTuple):
+    """Token ids of a prompt, and of the answer that the log has; empty if it has none."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+def read_dialogues(
+    path: Path, on_bad: Callable[[BadLine], object] | None = None
+) -> Iterator[list[Message]]:
+    """The dialogues of a log, in its order.
+
+    Args:
+        on_bad: hears of lines (in a list: of entries, from 1 on) that are no dialogues; without it they
+            raise.
+
+    Raises:
+        TraceError: the file cannot be read, or something in it is no dialogue.
+    """
+    for number, entry in _entries(path):
+        try:
+            yield messages_of(json.loads(entry) if isinstance(entry, bytes) else entry)
+        except (ValueError, RecursionError) as error:
+            why = f"no JSON: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
+            if on_bad is None:
+                raise TraceError(f"{path}, line {number}: {why}") from error
+            on_bad(BadLine(number, why))
+
+
+def _entries(path: Path) -> Iterator[tuple[int, Any]]:
+    """Lines, or what a file that is one list of JSON has in it."""
+    try:
+        with open(path, "rb") as file:
+            whole = _whole(file.read()) if path.suffix == ".json" else None
+            if whole is None:
+                file.seek(0)
+                lines = ((n, line) for n, line in enumerate(file, 1) if line.strip())
+                yield from lines
+            else:
+                yield from enumerate(whole, 1)
+    except OSError as error:
+        raise TraceError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _whole(text: bytes) -> list[Any] | None:
+    """The entries of a list; None if the text is not one JSON value."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(found, dict):
+        return [found]
+    return [found] if found and all(_is_message(one) for one in found) else list(found)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and ("role" in value or "from" in value)
+
+
+def messages_of(entry: Any) -> list[Message]:
+    """The messages of one dialogue.
+
+    >>> messages_of({"conversations": [{"from": "human", "value": "Hi"}]})
+    [{'role': 'user', 'content': 'Hi'}]
+
+    Raises:
+        ValueError: it is no dialogue.
+    """
+    if isinstance(entry, dict):
+        name = next((name for name in _LISTS if isinstance(entry.get(name), list)), None)
+        if name is None and isinstance(entry.get("turns"), list):  # of the user only
+            return [{"role": "user", "content": str(text)} for text in entry["turns"]]
+        if name is None and isinstance(entry.get("prompt"), str):
+            return [{"role": "user", "content": entry["prompt"]}]
+        entry = entry.get(name or "messages")
+    if not isinstance(entry, list) or not entry:
+        raise ValueError("no dialogue: a list of messages, or an object with one")
+    return [_message(one) for one in entry]
+
+
+def _message(value: Any) -> Message:
+    if not _is_message(value):
+        raise ValueError("a message needs a role and content")
+    role = str(value.get("role") or value.get("from"))
+    content = value.get("content", value.get("value"))
+    if isinstance(content, list):  # parts, of which text is kept
+        texts = (part.get("text", "") for part in content if isinstance(part, dict))
+        content = "".join(texts)
+    kept = {name: part for name, part in value.items() if name not in ("from", "value")}
+    return kept | {"role": _ROLES.get(role, role), "content": content or ""}
+
+
+class Asker:
+    """Makes requests of dialogues.
+
+    Args:
+        tokenizer: of transformers; without a chat template, roles stand in lines of their own.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._template = None if tokenizer.chat_template else _TEMPLATE
+
+    def turns(self, messages: Sequence[Message]) -> Iterator[Turn]:
+        """What the model was asked for each answer, and once more for what is not answered."""
+        ends = [n for n, one in enumerate(messages) if one["role"] == "assistant" and n]
+        if not ends or ends[-1] < len(messages) - 1:
+            ends.append(len(messages))
+        for end in ends:
+            answer = messages[end]["content"] if end < len(messages) else ""
+            yield Turn(self._prompt(messages[:end]), self._ids(answer))
+
+    def _prompt(self, messages: Sequence[Message]) -> list[int]:
+        ids: list[int] = self._tokenizer.apply_chat_template(
+            list(messages),
+            chat_template=self._template,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+        )
+        return ids
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+
+def interleave(dialogues: Iterable[Iterator[Turn]], together: int) -> Iterator[Turn]:
+    """Turns of so many dialogues at once, in turns, as a server that many use would see them."""
+    source = iter(dialogues)
+    open_ = deque(islice(source, together))
+    while open_:
+        turns = open_.popleft()
+        if (turn := next(turns, None)) is not None:
+            yield turn
+            open_.append(turns)
+        elif (one := next(source, None)) is not None:
+            open_.appendleft(one)

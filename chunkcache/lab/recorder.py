@@ -1,0 +1,126 @@
+"""Writing traces: a line for each request, of token ids or of salted hashes from which nobody reads text."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import Any
+
+from chunkcache.errors import TraceError
+from chunkcache.lab.trace import HEAD, VERSION
+from chunkcache.tree import TOKEN_BYTES, pack
+
+_BYTES = 8  # of the hash of a block
+
+
+class Recorder:
+    """A trace that grows. Thread-safe; what was written is in the file when a call returns.
+
+    Args:
+        path: a new or empty file, or one that was begun with the same `block` and ids of tokens.
+        block: tokens that one hash stands for, of each prefix of a prompt; None writes the ids themselves.
+        salt: without it nobody can tell whether a text he knows is in the trace; equal salts make
+            traces of several processes one. Random without it. It is not in the file.
+
+    Raises:
+        TraceError: the file cannot be written, or is something else.
+    """
+
+    def __init__(self, path: Path, block: int | None = None, salt: bytes | None = None):
+        self.path = path
+        self.block = block
+        self._salt = blake2b(salt or os.urandom(32)).digest()
+        self._lock = Lock()
+        known = salt is not None or block is None
+        head: dict[str, Any] = {HEAD: VERSION}
+        if block is not None:
+            head |= {"block_size": block}
+        try:
+            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
+            self._file.seek(0)
+            first = self._file.readline()
+        except OSError as error:
+            raise TraceError(f"{path} cannot be written: {error.strerror}") from error
+        line = json.dumps(head).encode() + b"\n"
+        if not first:
+            self._file.write(line)
+        elif first != line or not known:
+            self._file.close()
+            raise TraceError(f"{path} is there and cannot be gone on with; name another file")
+
+    def write(
+        self,
+        tokens: Sequence[int],
+        answer: Sequence[int] = (),
+        *,
+        time: float = 0.0,
+        output: int | None = None,
+        prompt: str = "",
+        tenant: str = "",
+        reuse: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Adds a request. O(tokens).
+
+        Args:
+            answer: ids that are stored behind the prompt; output: tokens generated, if they are others.
+            time: seconds since the trace began; the others as in `trace.Request`.
+
+        Raises:
+            TraceError: the file cannot be written.
+            InvalidTokensError
+        """
+        keys, rest = pack(tokens), pack(answer)
+        fields: dict[str, Any] = {
+            "timestamp": round(1000 * time),
+            "input_length": len(keys) // TOKEN_BYTES,
+            "output_length": len(rest) // TOKEN_BYTES if output is None else output,
+        }
+        if self.block is None:
+            fields |= {"tokens": list(map(int, tokens)), "answer": list(map(int, answer))}
+        else:
+            hashes = self._hashes(keys + rest, self.block * TOKEN_BYTES)
+            whole = len(keys) // (self.block * TOKEN_BYTES)
+            fields |= {"hash_ids": hashes[:whole], "answer_ids": hashes[whole:]}
+            tenant = (
+                tenant and blake2b(tenant.encode(), digest_size=_BYTES, key=self._salt).hexdigest()
+            )
+        more = {"prompt": prompt, "tenant": tenant, "reuse": reuse and dict(reuse)}
+        fields |= {name: value for name, value in more.items() if value}
+        self._append(json.dumps(fields, separators=(",", ":")).encode() + b"\n")
+
+    def _hashes(self, keys: bytes, size: int) -> list[int]:
+        """Of each prefix that ends with a whole block."""
+        digest, found = blake2b(digest_size=_BYTES, key=self._salt), []
+        for at in range(0, len(keys) - size + 1, size):
+            digest.update(keys[at : at + size])
+            found.append(int.from_bytes(digest.digest(), "little"))
+        return found
+
+    def _append(self, line: bytes) -> None:
+        """One call of the system, so that lines of several processes do not mix."""
+        try:
+            with self._lock:
+                self._file.write(line)
+        except (OSError, ValueError) as error:
+            raise TraceError(f"{self.path} cannot be written: {error}") from error
+
+    def close(self) -> None:
+        """Ends the trace; again does nothing."""
+        with self._lock:
+            self._file.close()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        self.close()
