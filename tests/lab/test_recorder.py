@@ -66,7 +66,9 @@ def test_no_text_leaves(tmp_path: Path) -> None:
     assert texts[0] == texts[1] and len(set(texts)) == 3
     for text in texts:
         assert (
-            "tokens" not in text and "me" not in text.replace("timestamp", "") and "one" not in text
+            '"tokens"' not in text
+            and "me" not in text.replace("timestamp", "")
+            and "one" not in text
         )
 
 
