@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 PYTEST := $(BIN)/python -m pytest -p no:cacheprovider
 BENCHMARKS := $(patsubst benchmarks/%.py,benchmarks.%,$(sort $(wildcard benchmarks/bench_*.py)))
 
-.PHONY: help env demo test lint types docs bench oldest stress fuzz faults clean
+.PHONY: help env demo test lint types docs bench oldest stress fuzz faults replay clean
 
 help:
 	@echo "make demo    install into .venv and show the cache at work on the built-in model"
@@ -25,6 +25,7 @@ help:
 	@echo "make stress  a million random steps on the prefix tree"
 	@echo "make fuzz    thousands of random requests to every architecture"
 	@echo "make faults  thousands of killed Redis servers, writers and servers, and damage of all kinds"
+	@echo "make replay  thousands of requests of agents through the live cache and the simulator, hit by hit"
 	@echo "make clean   remove what builds and tools left behind, except .venv"
 
 env: $(READY)
@@ -78,6 +79,10 @@ fuzz: env
 faults: env
 	OMP_NUM_THREADS=1 CHUNKCACHE_FAULTS=25 CHUNKCACHE_KILLS=1500 $(PYTEST) -n auto --maxprocesses=8 \
 		tests/faults tests/stores/test_disk.py
+
+replay: env
+	OMP_NUM_THREADS=1 CHUNKCACHE_REPLAYED=2000 CHUNKCACHE_CONTEXT=8000 $(PYTEST) -n auto --maxprocesses=8 \
+		tests/hf/test_tracing.py
 
 clean:
 	rm -rf build dist *.egg-info chunkcache/native/*.so $(READY) .mypy_cache .ruff_cache .pytest_cache .hypothesis

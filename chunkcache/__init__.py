@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "chunkcache.config": ("Config",),
     "chunkcache.hf": ("CachedModel", "verify", "wrap"),
-    "chunkcache.lab": ("Reuse", "Stats", "TreeRow", "VerifyReport"),
+    "chunkcache.lab": ("Recorder", "Reuse", "Stats", "TreeRow", "VerifyReport"),
     "chunkcache.errors": (
         "AdapterStateError",
         "AlreadyWrappedError",
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from chunkcache.hf import CachedModel as CachedModel
     from chunkcache.hf import verify as verify
     from chunkcache.hf import wrap as wrap
+    from chunkcache.lab import Recorder as Recorder
     from chunkcache.lab import Reuse as Reuse
     from chunkcache.lab import Stats as Stats
     from chunkcache.lab import TreeRow as TreeRow

@@ -14,7 +14,7 @@ from .loading import load
 from .settings import announce, default_store, make_settings, settings_options
 
 if TYPE_CHECKING:
-    from chunkcache import CachedModel, Config
+    from chunkcache import CachedModel, Config, Recorder
 
 
 @click.command(short_help="Serve MODEL to OpenAI clients.")
@@ -38,6 +38,14 @@ if TYPE_CHECKING:
 @click.option(
     "--queue-limit", type=click.IntRange(1), default=64, show_default=True, help="Most waiting."
 )
+@click.option(
+    "--trace",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Add every prompt to FILE, as token ids, for simulate and report.",
+)
+@click.option(
+    "--trace-hashes", is_flag=True, help="Record salted hashes of chunks: no text leaves."
+)
 @click.option("--no-store", is_flag=True, help="Keep prefixes in memory only.")
 def command(
     model: str,
@@ -45,6 +53,8 @@ def command(
     preload: Path | None,
     stores: tuple[str, ...],
     no_store: bool,
+    trace: Path | None,
+    trace_hashes: bool,
     **o: Any,
 ) -> None:
     """Serve MODEL to OpenAI clients, reusing the beginnings that prompts share.
@@ -53,14 +63,17 @@ def command(
     """
     if stores and no_store:
         raise click.UsageError("--store and --no-store exclude each other")
+    if trace_hashes and trace is None:
+        raise click.UsageError("--trace-hashes needs --trace FILE")
     from .preloads import read_preloads
 
     prompts = read_preloads(preload) if preload else []
     from chunkcache.server import serve
 
     settings = make_settings(o, stores if stores or no_store else [default_store()])
+    recorder = _recorder(trace, settings.chunk_size if trace_hashes else None)
     loaded, tokenizer = load(model, dtype)
-    cached = _wrap(loaded, tokenizer, settings, chosen=bool(stores))
+    cached = _wrap(loaded, tokenizer, settings, recorder, chosen=bool(stores))
     announce(cached)
     for prompt in prompts:
         tokens = cached.preload(prompt.prompt, name=prompt.name, pin=prompt.pin, ttl=prompt.ttl)
@@ -75,14 +88,25 @@ def command(
     )
 
 
-def _wrap(loaded: Any, tokenizer: Any, settings: Config, chosen: bool) -> CachedModel:
+def _recorder(trace: Path | None, block: int | None) -> Recorder | None:
+    """What writes the trace, before anything slow happens."""
+    if trace is None:
+        return None
+    from chunkcache.lab.recorder import Recorder
+
+    return Recorder(trace, block)
+
+
+def _wrap(
+    loaded: Any, tokenizer: Any, settings: Config, recorder: Recorder | None, chosen: bool
+) -> CachedModel:
     """The wrapped model; without stores if those that nobody chose cannot be used."""
     from chunkcache import wrap
 
     try:
-        return wrap(loaded, tokenizer, settings)
+        return wrap(loaded, tokenizer, settings, recorder)
     except StoreDownError as error:
         if chosen:
             raise
         click.echo(f"Warning: prefixes are not kept on disk: {error}", err=True)
-        return wrap(loaded, tokenizer, replace(settings, stores=()))
+        return wrap(loaded, tokenizer, replace(settings, stores=()), recorder)

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,13 +34,20 @@ from chunkcache.hf.probe import Proof, fixed_rope_limit, position_limit
 from chunkcache.hf.requests import Request, read_causal, read_encoded
 from chunkcache.hf.serving import Serving
 from chunkcache.hf.state import ModelState
+from chunkcache.hf.tracing import Tracing
 from chunkcache.kv.store import PrefixStore
+from chunkcache.lab.recorder import Recorder
 from chunkcache.lab.records import Reuse, Stats, TreeRow
 
 _TRAINING = "the model, or a part of it, is in training mode (dropout); call model.eval() first"
 
 
-def wrap(model: Any, tokenizer: Any = None, config: Config | None = None) -> CachedModel:
+def wrap(
+    model: Any,
+    tokenizer: Any = None,
+    config: Config | None = None,
+    trace: Recorder | Path | str | None = None,
+) -> CachedModel:
     """Wraps a model; the model itself is left as it is.
 
     Runs the parity probe (a few short forwards) and a digest of the weights.
@@ -48,6 +56,8 @@ def wrap(model: Any, tokenizer: Any = None, config: Config | None = None) -> Cac
         model: a transformers PreTrainedModel, a PeftModel around one, or either behind
             `torch.compile`, whose compiled code serves plain forwards only: the wrapper's own run
             uncompiled.
+        trace: a file (or a `Recorder`, which can write salted hashes instead of token ids) that every
+            prompt is added to, for `chunkcache simulate` and `chunkcache report`.
 
     Raises:
         UnsupportedModelError: nothing could be proved; the reason says why.
@@ -55,8 +65,9 @@ def wrap(model: Any, tokenizer: Any = None, config: Config | None = None) -> Cac
         AdapterStateError: its adapters are merged and switched off at once.
         AlreadyWrappedError: `model` is a CachedModel.
         ConfigError: the byte budget is smaller than one chunk.
+        TraceError: the trace cannot be written.
     """
-    return CachedModel(model, tokenizer, config or Config())
+    return CachedModel(model, tokenizer, config or Config(), trace)
 
 
 class CachedModel:
@@ -72,7 +83,13 @@ class CachedModel:
         given: what wrap() was given; model: the transformers model in it.
     """
 
-    def __init__(self, given: Any, tokenizer: Any, settings: Config):
+    def __init__(
+        self,
+        given: Any,
+        tokenizer: Any,
+        settings: Config,
+        trace: Recorder | Path | str | None = None,
+    ):
         if isinstance(given, CachedModel):
             raise AlreadyWrappedError("this model is wrapped already; close() it first")
         model = plain_model(given)
@@ -91,6 +108,7 @@ class CachedModel:
         self._ledger = Ledger()
         self._state = ModelState(model, settings)
         self._ahead = Ahead()
+        self._tracing = None if trace is None else Tracing(trace, settings.tenant)
 
     @property
     def store(self) -> PrefixStore:
@@ -237,6 +255,8 @@ class CachedModel:
         """Counts what was generated and stores it, so that a next turn finds it."""
         keep = self.settings.keep_answers and prefiller.keeps_steps
         copies = cache.rows // len(rows)
+        stored: list[list[int]] = []
+        counts: list[int] = []
         for number in range(cache.rows):
             prompt = len(rows[number // copies].tokens)
             tokens = cache.tokens(number)
@@ -245,8 +265,13 @@ class CachedModel:
             ended = any(token in ends for token in answer)
             count = arguments.answer_length(answer, ends) + (not ended)
             self._ledger.generated(count)
+            if number % copies == 0:  # a trace has one answer of each prompt
+                stored.append(answer[:count] if keep else [])
+                counts.append(count)
             if keep:
                 prefiller.store_tokens(rows[0].space, cache, number, tokens[: prompt + count])
+        if self._tracing is not None and not self._encodes:  # an encoder's input is no prefix
+            self._tracing.note(rows, stored, counts)
 
     def _check_usable(self) -> None:
         if self._state.closed:
@@ -387,6 +412,8 @@ class CachedModel:
         """
         self._ahead.close()
         self._state.close()
+        if self._tracing is not None:
+            self._tracing.close()
 
     def __enter__(self) -> CachedModel:
         return self

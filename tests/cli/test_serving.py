@@ -9,6 +9,7 @@ from pathlib import Path
 from chunkcache.cli.main import main
 from click.testing import CliRunner
 
+from chunkcache.lab.trace import Trace
 from tests.cli.serving import KEY, SHOP, ask, cached_tokens, serving
 from tests.stores.servers import Server, wait_for
 
@@ -20,14 +21,22 @@ def run(command: str, url: str, *more: str) -> str:
 
 
 def test_a_served_preload_is_reused_and_reported(tmp_path: Path) -> None:
-    """With no store, which leaves nothing behind."""
+    """With no store, which leaves nothing behind; a trace of hashes has what was asked."""
     prompts, caches = tmp_path / "prompts.toml", tmp_path / "caches"
     messages = f'[{{role = "system", content = {json.dumps(SHOP.system_prompt)}}}]'
     prompts.write_text(f'[[prompt]]\nname = "support-bot"\nmessages = {messages}\n')
-    with serving("--preload", str(prompts), "--no-store", caches=caches) as (url, process):
+    trace = tmp_path / "trace.jsonl"
+    recording = ("--trace", str(trace), "--trace-hashes")
+    options = ("--preload", str(prompts), "--no-store", *recording)
+    with serving(*options, caches=caches) as (url, process):
         assert_reported(url)
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
+    assert [(one.prompt, len(one.keys) > 5 * 8) for one in Trace(trace)] == [
+        ("support-bot", True)
+    ] * 2
+    assert SHOP.questions[0].question not in trace.read_text()
+    assert CliRunner().invoke(main, ["simulate", str(trace)]).exit_code == 0
     assert not caches.exists()
     assert "prefixes are" not in (tmp_path / "log").read_text()
 
