@@ -50,6 +50,25 @@ def load(model: str, dtype: str = "auto", tokens: bool = True) -> tuple[Any, Any
     return loaded.eval(), tokenizer
 
 
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of a model, from a folder, the hub, or `demo`; no weights.
+
+    Raises:
+        click.ClickException: nothing there that transformers can load.
+    """
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    from chunkcache.demo import model_path
+
+    logging.set_verbosity_error()  # prompts may be longer than the model takes: nothing runs
+    try:
+        return AutoTokenizer.from_pretrained(str(model_path()) if model == "demo" else model)
+    except (OSError, ValueError) as error:
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise click.ClickException(f"cannot load {model!r}: {first_line}") from error
+
+
 def load_config(model: str) -> Any:
     """A model's configuration, from a folder, a config.json, the hub, or `demo`; no weights.
 

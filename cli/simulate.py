@@ -6,13 +6,17 @@ import json
 import re
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from .traces import opened, tell, trace_options
+
+if TYPE_CHECKING:
+    from chunkcache.lab.sweep import Case, Result, Sweep
+
 _UNITS = {"": 1, "k": 10**3, "m": 10**6}
 _WITHOUT = ("unlimited", "inf")
-_SHOWN = 5  # bad lines
 
 
 class _Capacities(click.ParamType[tuple[str, ...]]):
@@ -51,7 +55,7 @@ class _Policies(click.ParamType[tuple[str, ...]]):
 
 
 @click.command(short_help="Tell what a cache of any size would hit on a trace.")
-@click.argument("trace", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@trace_options
 @click.option(
     "--capacity",
     "capacities",
@@ -68,55 +72,53 @@ class _Policies(click.ParamType[tuple[str, ...]]):
     help="lru, lfu, slru, 2q, s3fifo, arc, pgdsf, gdlf, ttl:SECONDS; belady knows the future.",
 )
 @click.option(
-    "--block-size",
-    type=click.IntRange(1),
-    help="Tokens of a block of the trace, or of a chunk where it has tokens. [512 or 64]",
-)
-@click.option(
     "--token-bytes", type=click.IntRange(1), help="Of the KV of a token; `chunkcache plan` knows."
 )
 @click.option("--jobs", type=click.IntRange(1), help="Processes; one for each core without it.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def command(
     trace: Path,
+    tokenizer: str | None,
+    interleave: int,
+    block_size: int | None,
     capacities: tuple[str, ...] | None,
     policies: tuple[str, ...],
-    block_size: int | None,
     token_bytes: int | None,
     jobs: int | None,
     as_json: bool,
 ) -> None:
     """Tell what a cache of any size would hit on TRACE, by policy.
 
-    TRACE has a JSON object a line: hash_ids of blocks as Mooncake's traces do, or tokens. The same tree
-    and policies decide as in the live cache. Percentages are of what the optimum reaches.
+    TRACE has a JSON object a line: hash_ids of blocks as Mooncake's traces do, or tokens, as serve --trace
+    writes; with --tokenizer it is a chat log. The same tree and policies decide as in the live cache.
+    Percentages are of what the optimum reaches.
     """
-    from rich.progress import Progress
+    sizes = _sizes(capacities, token_bytes)
+    with opened(trace, tokenizer, interleave, block_size) as (source, bad):
+        from chunkcache.lab.sweep import Case, Sweep
 
+        sweep = Sweep(source, block_size)
+        tell(bad)
+        cases = [Case(*case) for case in product(policies, sizes or sweep.sizes())]
+        results = _run(sweep, cases, jobs)
     from chunkcache.lab.render import console
     from chunkcache.lab.render_simulation import simulation, to_json
-    from chunkcache.lab.sweep import Case, Sweep
-    from chunkcache.lab.trace import BadLine, Trace
 
-    sizes = _sizes(capacities, token_bytes)
-    bad: dict[int, BadLine] = {}  # by number, since large files are read several times
-    source = Trace(trace, block_size, on_bad=lambda line: bad.setdefault(line.number, line))
-    sweep = Sweep(source, block_size)
-    _tell(list(bad.values()))
-    cases = [Case(*case) for case in product(policies, sizes or sweep.sizes())]
-    with Progress(console=_stderr(), transient=True) as progress:
-        task = progress.add_task("simulating", total=len(cases))
-        results = sweep.run(cases, jobs, lambda: progress.advance(task))
     if as_json:
-        click.echo(json.dumps(to_json(sweep, results) | {"bad_lines": len(bad)}, indent=2))
+        found = {"trace": str(trace)} | to_json(sweep, results) | {"bad_lines": len(bad)}
+        click.echo(json.dumps(found, indent=2))
         return
-    console().print(simulation(sweep, results))
+    console().print(simulation(trace.name, sweep, results))
 
 
-def _stderr() -> Any:
+def _run(sweep: Sweep, cases: list[Case], jobs: int | None) -> list[Result]:
+    """With a bar on stderr."""
     from rich.console import Console
+    from rich.progress import Progress
 
-    return Console(stderr=True)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("simulating", total=len(cases))
+        return sweep.run(cases, jobs, lambda: progress.advance(task))
 
 
 def _sizes(capacities: tuple[str, ...] | None, token_bytes: int | None) -> list[int | None]:
@@ -144,13 +146,3 @@ def _size(text: str, token_bytes: int | None) -> int | None:
             f"--capacity {text} needs --token-bytes: see `chunkcache plan MODEL`"
         )
     return size // token_bytes
-
-
-def _tell(bad: list[Any]) -> None:
-    """Lines that are no requests."""
-    for line in bad[:_SHOWN]:
-        click.echo(f"Warning: line {line.number} is left out: {line.why}", err=True)
-    if len(bad) > _SHOWN:
-        click.echo(
-            f"Warning: {len(bad):,} lines are left out, of which these are the first", err=True
-        )

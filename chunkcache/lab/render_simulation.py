@@ -12,7 +12,7 @@ from chunkcache.lab.render import columns, number, pairs, share
 from chunkcache.lab.sweep import BELADY, Result, Sweep
 
 
-def simulation(sweep: Sweep, results: Sequence[Result]) -> RenderableType:
+def simulation(name: str, sweep: Sweep, results: Sequence[Result]) -> RenderableType:
     """Hit rates by size and policy, beside what the optimum reaches."""
     tokens = sum(sweep.atoms.tokens)
     about = {
@@ -23,7 +23,7 @@ def simulation(sweep: Sweep, results: Sequence[Result]) -> RenderableType:
     note = Text(
         "In brackets: percent of what a cache that knows the future would hit.", style="dim"
     )
-    return Group(pairs(sweep.trace.path.name, about), Text(), _rates(results), note)
+    return Group(pairs(name, about), Text(), _rates(results), note)
 
 
 def _rates(results: Sequence[Result]) -> RenderableType:
@@ -46,9 +46,8 @@ def _cell(result: Result) -> str:
 
 
 def to_json(sweep: Sweep, results: Sequence[Result]) -> dict[str, Any]:
-    """What `simulate --json` prints."""
+    """What `simulate --json` prints, but the trace's name."""
     return {
-        "trace": str(sweep.trace.path),
         "block_size": sweep.chunk,
         "footprint_tokens": sweep.footprint,
         "results": [one.to_dict() for one in results],

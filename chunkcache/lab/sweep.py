@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from chunkcache.errors import TraceError
+from chunkcache.errors import ConfigError, TraceError
 from chunkcache.lab.atoms import atomise
 from chunkcache.lab.belady import Future
 from chunkcache.lab.distance import Distances
@@ -67,11 +67,18 @@ class Sweep:
 
     Args:
         chunk: tokens of a chunk; the trace's own blocks if None.
+
+    Raises:
+        ConfigError: they are no multiple of the trace's blocks.
     """
 
     def __init__(self, trace: Trace, chunk: int | None = None):
         self.trace = trace
         self.chunk = chunk or (CHUNK if trace.form is TOKENS else trace.form.block)
+        if self.chunk % trace.form.block:
+            raise ConfigError(
+                f"blocks of {trace.form.block} tokens make no chunks of {self.chunk}; try a multiple"
+            )
         self.requests = held(trace)
         self.atoms = atomise(self.requests, trace.form, self.chunk)
         self._distances = Distances(self.atoms)

@@ -95,6 +95,7 @@ class Trace:
     """A file of requests; each iteration reads it anew, with one line in memory.
 
     Args:
+        block: tokens of a block, where the file does not say it.
         on_bad: hears of lines that are no requests, which are left out; without it they raise.
 
     Raises:
@@ -112,8 +113,8 @@ class Trace:
         if "tokens" in first:
             self.form = TOKENS
         else:
-            own = self.head.get("block_size", MOONCAKE)
-            self.form = Form(self.block or own, 8, partial=HEAD not in self.head)
+            own = self.head.get("block_size", self.block or MOONCAKE)
+            self.form = Form(own, 8, partial=HEAD not in self.head)
             if not isinstance(self.form.block, int) or self.form.block < 1:
                 raise TraceError(f"{self.path}: blocks of {self.form.block!r} tokens")
 

@@ -9,6 +9,7 @@ import pytest
 from chunkcache.cli.main import main
 from click.testing import CliRunner, Result
 
+from chunkcache.lab.recorder import Recorder
 from tests.lab.traces import data
 
 
@@ -92,3 +93,37 @@ def test_the_production_trace_by_the_command() -> None:
     done = run(data("traces/mooncake_conversation.jsonl"), "--capacity", "3M", "--json")
     (lru, best) = json.loads(done.stdout)["results"]
     assert lru["hit_tokens"] == 20_087_299 and best["policy"] == "belady"
+
+
+def test_a_chat_log(tmp_path: Path) -> None:
+    """Of one's own, in any of the usual shapes; lines that are no dialogue are told."""
+    chat = [
+        {"role": "system", "content": "You sell flowers. Be brief and kind. " * 20},
+        {"role": "user", "content": "A rose?"},
+        {"role": "assistant", "content": "Gladly."},
+        {"role": "user", "content": "Two!"},
+        {"role": "assistant", "content": "Gladly again."},
+    ]
+    log = tmp_path / "log.jsonl"
+    lines = [json.dumps({"messages": chat}), "nothing", json.dumps(chat)]
+    log.write_text("\n".join(lines))
+    options = ("--tokenizer", "demo", "--capacity", "unlimited", "--block-size", 16, "--json")
+    done = run(log, *options)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert (found["trace"], found["block_size"], found["bad_lines"]) == (str(log), 16, 1)
+    assert found["results"][0]["requests"] == 4 and found["results"][0]["hit_rate"] > 0.6
+    assert "line 2 is left out: no JSON" in done.stderr
+    missing = run(log, "--tokenizer", tmp_path / "none")
+    assert missing.exit_code == 1 and "cannot load" in missing.stderr
+
+
+def test_chunks_are_made_of_blocks(tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    with Recorder(path, block=4) as recorder:
+        for _ in range(2):
+            recorder.write(range(20))
+    done = run(path, "--block-size", 8, "--capacity", "unlimited", "--policy", "lru", "--json")
+    (result,) = json.loads(done.stdout)["results"]
+    assert result["hit_tokens"] == 16
+    assert "make no chunks of 6" in run(path, "--block-size", 6).stderr
