@@ -13,7 +13,9 @@ import click
 from chunkcache import __version__
 from chunkcache.errors import ChunkcacheError
 
-_COMMANDS = ("serve", "warm", "demo", "report", "simulate", "tree", "verify", "plan", "store")
+_COMMANDS = (
+    "serve", "warm", "demo", "report", "simulate", "lint-template", "tree", "verify", "plan", "store",
+)  # fmt: skip
 
 
 class LazyGroup(click.Group):
@@ -27,7 +29,8 @@ class LazyGroup(click.Group):
         """The command, imported now."""
         if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f".{cmd_name}", __package__).command
+        module = f".{cmd_name.replace('-', '_')}"
+        command: click.Command = importlib.import_module(module, __package__).command
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
