@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -87,6 +89,51 @@ def test_one_pass_over_the_production_trace() -> None:
     found = Distances(atomise(requests, trace.form, 512))
     sizes = {size: float("inf") if size is None else size // 512 for size in REFERENCE}
     assert {size: found.hit_tokens(blocks) for size, blocks in sizes.items()} == REFERENCE
+
+
+def flat(requests: list[Request], capacity: int, leaf_first: bool) -> list[int]:
+    """LRU over blocks that knows no tree: any of them may leave."""
+    used: OrderedDict[bytes, None] = OrderedDict()
+    hits = []
+    for one in requests:
+        names = [one.keys[:end] for end in range(4, len(one.keys) + 1, 4)]
+        stored = next((n for n, name in enumerate(names) if name not in used), len(names))
+        hits.append(stored)
+        mine = set(names)
+        for name in names:
+            if name not in used:
+                if len(used) >= capacity:
+                    victim = next((other for other in used if other not in mine), None)
+                    if victim is None:
+                        break
+                    del used[victim]
+                used[name] = None
+        for name in reversed(names) if leaf_first else names:
+            if name in used:
+                used.move_to_end(name)
+    return hits
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(IDS, min_size=1, max_size=40), CAPACITIES)
+def test_a_flat_cache_that_touches_leaves_first_is_a_tree(
+    prompts: list[list[int]], capacity: int
+) -> None:
+    requests = [request(ids) for ids in prompts]
+    assert hits(lru(capacity, WHOLE), requests) == flat(requests, capacity, leaf_first=True)
+
+
+def test_the_order_of_touches_alone_ruins_a_flat_cache() -> None:
+    """Two agents in turns, of which one and a half fit: beginnings that were touched first leave first."""
+    agents = [list(range(20)), list(range(20, 40))]
+    requests = [request(agents[n % 2]) for n in range(20)]
+    good, bad = (sum(flat(requests, 30, leaf_first=order)) for order in (True, False))
+    assert (good, bad) == (18 * 10, 0)
+    by_touch = [
+        sum(hits(Simulator(WHOLE, 1, 30, LRU(), touch=touch), requests))
+        for touch in ("leaf_first", "root_first")
+    ]
+    assert by_touch == [good, good], "a tree does not care"
 
 
 # -- the bound
