@@ -190,6 +190,7 @@ class PrefixStore:
             return self.hold(namespace, tokens, len(tokens))
 
     def _room(self, count: int) -> PoolRun | None:
+        self._leaves.capacity = self.pool.capacity  # a device may have had less than it should
         lacking = count - self.pool.available
         if lacking > 0:
             lacking -= self._expire()

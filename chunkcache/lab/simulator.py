@@ -14,6 +14,8 @@ from typing import Literal
 from chunkcache.lab.trace import Form, Request
 from chunkcache.tree import LeafOrder, Packed, Policy, PrefixTree, Run
 
+_TREES = 1024  # of tenants, before those that are empty are dropped
+
 
 class Blank:
     """A run of chunks that holds nothing."""
@@ -88,6 +90,7 @@ class Simulator:
         self._order = LeafOrder(policy, self.capacity)
         self._lock = RLock()
         self._trees: dict[str, PrefixTree] = {}
+        self._most = _TREES
 
     def request(self, request: Request) -> int:
         """Tokens that a request reuses; it is stored then. O(keys), and O(log nodes) for each node."""
@@ -122,6 +125,9 @@ class Simulator:
     def _tree(self, tenant: str) -> PrefixTree:
         tree = self._trees.get(tenant)
         if tree is None:
+            if len(self._trees) >= self._most:  # of many that came once, few still hold something
+                self._trees = {name: one for name, one in self._trees.items() if one.chunks}
+                self._most = max(_TREES, 2 * len(self._trees))
             tree = self._trees[tenant] = PrefixTree(
                 self.chunk // self.form.block * self.form.words,
                 clock=lambda: self.now,

@@ -200,6 +200,17 @@ def test_no_policy_beats_the_bound(name: str, requests: list[Request], capacity:
     assert future.hit_tokens(float("inf")) == sum(hits(lru(None), requests))
 
 
+# -- memory
+
+
+def test_tenants_that_came_once_are_forgotten() -> None:
+    simulator = lru(8)
+    for number in range(5000):
+        simulator.request(request([1, 2, 3], tenant=str(number)))
+    assert len(simulator._trees) <= 1024 and simulator.chunks == 8
+    assert simulator.request(request([1, 2, 3], tenant="4999")) == 2
+
+
 # -- policies
 
 
