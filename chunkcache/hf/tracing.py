@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from time import monotonic
+from time import time
 
 from chunkcache.errors import TraceError
 from chunkcache.hf.prefill import Row
@@ -29,7 +29,6 @@ class Tracing:
         self._own = not isinstance(trace, Recorder)
         self._recorder = trace if isinstance(trace, Recorder) else Recorder(Path(trace))
         self._tenant = tenant
-        self._began = monotonic()
         self._works = True
 
     def note(
@@ -47,7 +46,7 @@ class Tracing:
                 self._recorder.write(
                     row.tokens,
                     answer,
-                    time=monotonic() - self._began,
+                    time=time(),  # of the day: processes go on with each other's traces
                     output=count,
                     prompt=row.names[0] if row.names else "",
                     tenant=self._tenant,

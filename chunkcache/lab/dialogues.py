@@ -78,7 +78,9 @@ def _whole(text: bytes) -> list[Any] | None:
         return None
     if isinstance(found, dict):
         return [found]
-    return [found] if found and all(_is_message(one) for one in found) else list(found)
+    if not isinstance(found, list):
+        raise TraceError("a file of JSON that is neither a list nor an object")
+    return [found] if found and all(_is_message(one) for one in found) else found
 
 
 def _is_message(value: Any) -> bool:
@@ -112,8 +114,10 @@ def _message(value: Any) -> Message:
     role = str(value.get("role") or value.get("from"))
     content = value.get("content", value.get("value"))
     if isinstance(content, list):  # parts, of which text is kept
-        texts = (part.get("text", "") for part in content if isinstance(part, dict))
-        content = "".join(texts)
+        texts = (part.get("text") for part in content if isinstance(part, dict))
+        content = "".join(text for text in texts if isinstance(text, str))
+    if not isinstance(content, str | None):
+        raise ValueError("the content of a message must be text")
     kept = {name: part for name, part in value.items() if name not in ("from", "value")}
     return kept | {"role": _ROLES.get(role, role), "content": content or ""}
 

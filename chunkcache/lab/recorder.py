@@ -34,6 +34,8 @@ class Recorder:
     def __init__(self, path: Path, block: int | None = None, salt: bytes | None = None):
         self.path = path
         self.block = block
+        if salt is not None and not salt:
+            raise TraceError("an empty salt hides nothing")
         self._salt = blake2b(salt or os.urandom(32)).digest()
         self._lock = Lock()
         known = salt is not None or block is None
@@ -44,14 +46,19 @@ class Recorder:
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
             self._file.seek(0)
             first = self._file.readline()
+            size = self._file.seek(0, os.SEEK_END)
+            self._file.seek(max(0, size - 1))
+            torn = size > 0 and self._file.read(1) != b"\n"
         except OSError as error:
             raise TraceError(f"{path} cannot be written: {error.strerror}") from error
         line = json.dumps(head).encode() + b"\n"
-        if not first:
-            self._file.write(line)
-        elif first != line or not known:
+        if first and (first != line or not known):
             self._file.close()
-            raise TraceError(f"{path} is there and cannot be gone on with; name another file")
+            raise TraceError(
+                f"{path} is there and cannot be gone on with; name another file, or the salt of its hashes"
+            )
+        if not first or torn:  # whoever wrote it died in the middle of a line
+            self._append(b"\n" if torn else line)
 
     def write(
         self,
@@ -68,7 +75,8 @@ class Recorder:
 
         Args:
             answer: ids that are stored behind the prompt; output: tokens generated, if they are others.
-            time: seconds since the trace began; the others as in `trace.Request`.
+            prompt: the name of what was preloaded, which is not hashed.
+            time: in seconds, since whenever; the others as in `trace.Request`.
 
         Raises:
             TraceError: the file cannot be written.
@@ -86,6 +94,7 @@ class Recorder:
             hashes = self._hashes(keys + rest, self.block * TOKEN_BYTES)
             whole = len(keys) // (self.block * TOKEN_BYTES)
             fields |= {"hash_ids": hashes[:whole], "answer_ids": hashes[whole:]}
+            reuse = _rounded(reuse, self.block)
             tenant = (
                 tenant and blake2b(tenant.encode(), digest_size=_BYTES, key=self._salt).hexdigest()
             )
@@ -102,10 +111,11 @@ class Recorder:
         return found
 
     def _append(self, line: bytes) -> None:
-        """One call of the system, so that lines of several processes do not mix."""
+        """One call of the system, so that lines of several processes do not mix, unless a disk is full."""
         try:
             with self._lock:
-                self._file.write(line)
+                while line:
+                    line = line[self._file.write(line) or 0 :]
         except (OSError, ValueError) as error:
             raise TraceError(f"{self.path} cannot be written: {error}") from error
 
@@ -124,3 +134,9 @@ class Recorder:
         where: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _rounded(reuse: Mapping[str, Any] | None, block: int) -> Mapping[str, Any] | None:
+    """With no finer place than a block."""
+    place = reuse.get("divergence") if reuse else None
+    return reuse if place is None else dict(reuse or {}) | {"divergence": place - place % block}

@@ -94,7 +94,7 @@ class Simulator:
 
     def request(self, request: Request) -> int:
         """Tokens that a request reuses; it is stored then. O(keys), and O(log nodes) for each node."""
-        self.now = request.time
+        self.now = max(self.now, request.time)
         tree = self._tree(request.tenant)
         with tree.lease(request.keys, self.form.limit(request)) as lease:
             hit = self._tokens(lease.tokens, request)

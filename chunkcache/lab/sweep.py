@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -136,13 +137,16 @@ class Sweep:
             spawn.Process(target=_work, args=(*where, tasks, results), daemon=True)
             for _ in range(min(jobs, len(cases)))
         ]
-        for task in [*cases, *(None for _ in workers)]:
-            tasks.put(task)
+        waiting = iter(cases)
         for worker in workers:
             worker.start()
         try:
+            for case in islice(waiting, 2 * len(workers)):  # all at once would fill the pipe
+                tasks.put(case)
             for _ in cases:
                 yield _received(results, workers)
+                if (more := next(waiting, None)) is not None:
+                    tasks.put(more)
         finally:
             for worker in workers:
                 worker.terminate()
@@ -173,10 +177,11 @@ def simulate(requests: Iterable[Request], trace: Trace, chunk: int, case: Case) 
 
 
 def _work(path: Path, block: int | None, chunk: int, tasks: Any, results: Any) -> None:
-    """A process: reads the trace once and does cases until there are none."""
+    """A process: reads the trace once and does cases until it is ended."""
     trace = Trace(path, block, on_bad=lambda line: None)  # whoever started it was told
     requests = held(trace)
-    while (case := tasks.get()) is not None:
+    while True:
+        case = tasks.get()
         results.put((case, simulate(requests, trace, chunk, case)))
 
 

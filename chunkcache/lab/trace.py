@@ -33,7 +33,7 @@ class Request:
     """One prompt.
 
     Attributes:
-        time: seconds since the trace began.
+        time: seconds, since whenever the trace counts from.
         keys: what a prefix tree compares: packed token ids, or 8 bytes a block.
         tokens: of the prompt; output: tokens generated.
         answer: keys that are stored behind those of the prompt once it was answered.

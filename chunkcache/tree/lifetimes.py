@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from sortedcontainers import SortedList
 
-from chunkcache.tree.node import NEVER, Miss, Node
+from chunkcache.tree.node import NEVER, Miss, Node, climb
 from chunkcache.tree.structure import Structure
 
 
@@ -84,7 +84,18 @@ class Lifetimes:
         if pin.deadline != NEVER:
             self.pin_ends.remove(pin)
         self.structure.hold(node, pins=-1)
+        if self.structure.order.policy.ttl is not None:
+            self._age(node, self.structure.order.policy.ttl)
         return True
+
+    def _age(self, node: Node, ttl: float) -> None:
+        """Have a path that was pinned end `ttl` after its last use again. O(depth, children)."""
+        for step in climb(node):
+            if step.pins or step._overdue:
+                return
+            ends = [step.last_used + ttl, *(child.deadline for child in step.children.values())]
+            if step.deadline > max(ends):
+                self.structure.set_deadline(step, max(ends))
 
     def unpin_all(self, node: Node) -> bool:
         """End every pin that ends at `node`; whether there was one."""

@@ -51,7 +51,8 @@ class LeafOrder:
             ValueError: it says NaN, which cannot be sorted.
         """
         priority = self.policy.priority(node, now)
-        if priority != priority:
+        parts = priority if isinstance(priority, tuple) else (priority,)
+        if any(part != part for part in parts):
             raise ValueError(f"{type(self.policy).__name__} gives {priority!r} for {node!r}")
         return priority
 
@@ -70,6 +71,11 @@ class LeafOrder:
         """The index of the entry that leaves first from a queue, or from another if it has none."""
         index: int = self.entries.bisect_left(((queue,),))
         return index if index < len(self.entries) else 0
+
+    @property
+    def room(self) -> float:
+        """The capacity; what is stored where there is no limit, but somebody evicts all the same."""
+        return self.capacity if self.capacity < float("inf") else sum(self.sizes)
 
     def next_tick(self) -> int:
         """A tick later than all before."""

@@ -211,7 +211,7 @@ class PrefixTree(View):
             node = hold.node
             stored = node.start + node.token_count
             if stored and pin:
-                self._lifetimes.pin(node, name, now + deadline_in)
+                self._lifetimes.pin(node, name, now + seconds_of(ttl))
             elif stored and name is not None:
                 self._lifetimes.label(node, name)
             return Inserted(stored, new * self.chunk_size, node, stored * TOKEN_BYTES == whole)

@@ -1,7 +1,7 @@
 """Policies that keep what was used once apart from what was used again.
 
 A scan of prompts that never come back then leaves the others alone. Two queues each; shares are of the
-capacity that the order was given, and an order without one (infinite) never evicts.
+capacity that the order was given, or of what is stored where it has none.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class SLRU(Policy):
         return (_NEW, order.next_tick()) if falls else None
 
     def _full(self, order: LeafOrder) -> bool:
-        return order.sizes[_OLD] > self.protected * order.capacity
+        return order.sizes[_OLD] > self.protected * order.room
 
 
 class Gone:
@@ -102,8 +102,8 @@ class TwoQueues(Policy):
         return queue, (since if queue == _NEW else node.tick)
 
     def victim(self, order: LeafOrder) -> int:
-        self._gone.bound = self.share * order.capacity
-        full = order.sizes[_NEW] > self.new * order.capacity
+        self._gone.bound = self.share * order.room
+        full = order.sizes[_NEW] > self.new * order.room
         return order.first(_NEW if full else _OLD)
 
     def evicted(self, node: Node, chunks: int) -> None:
@@ -134,8 +134,8 @@ class S3FIFO(Policy):
         return queue, since
 
     def victim(self, order: LeafOrder) -> int:
-        self._gone.bound = (1 - self.small) * order.capacity
-        full = order.sizes[_NEW] >= self.small * order.capacity
+        self._gone.bound = (1 - self.small) * order.room
+        full = order.sizes[_NEW] >= self.small * order.room
         return order.first(_NEW if full else _OLD)
 
     def spared(self, node: Node, order: LeafOrder) -> tuple[int, int] | None:
@@ -182,9 +182,9 @@ class ARC(Policy):
         return False
 
     def victim(self, order: LeafOrder) -> int:
-        self._capacity = order.capacity
+        self._capacity = order.room
         for gone in self._gone:
-            gone.bound = order.capacity / 2
+            gone.bound = order.room / 2
         return order.first(_NEW if order.sizes[_NEW] > self.new else _OLD)
 
     def evicted(self, node: Node, chunks: int) -> None:
