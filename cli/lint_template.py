@@ -29,13 +29,17 @@ def command(
 
     The template is that of MODEL, or a FILE of Jinja. Dialogues with system prompts, tools and thinking
     are rendered turn by turn: history that is rewritten, thinking that is left out, answers that are cut
-    into other tokens, dates. Exit code 1 if anything was found.
+    into other tokens, dates. Exit code 1 if anything was found, or nothing
+    could be checked.
     """
     from chunkcache.lab.dialogues import read_dialogues
     from chunkcache.lab.lint import Linter, Sample, samples
 
     file = Path(template)
-    given = file.read_text(encoding="utf-8") if file.is_file() else None
+    try:
+        given = file.read_text(encoding="utf-8") if file.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.ClickException(f"cannot read {file}: {error}") from error
     loaded = load_tokenizer((tokenizer or "demo") if given is not None else template)
     if given is None and not loaded.chat_template:
         raise click.ClickException(f"{template} has no chat template")
@@ -52,4 +56,4 @@ def command(
         from chunkcache.lab.render_lint import lint
 
         console().print(lint(template, found))
-    context.exit(1 if found.findings else 0)
+    context.exit(1 if found.findings or not found.turns else 0)

@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 @click.option(
     "--trace-hashes", is_flag=True, help="Record salted hashes of chunks: no text leaves."
 )
+@click.option(
+    "--trace-salt", help="Of the hashes, so that a restart goes on with the trace; else random."
+)
 @click.option("--no-store", is_flag=True, help="Keep prefixes in memory only.")
 def command(
     model: str,
@@ -55,6 +58,7 @@ def command(
     no_store: bool,
     trace: Path | None,
     trace_hashes: bool,
+    trace_salt: str | None,
     **o: Any,
 ) -> None:
     """Serve MODEL to OpenAI clients, reusing the beginnings that prompts share.
@@ -71,7 +75,7 @@ def command(
     from chunkcache.server import serve
 
     settings = make_settings(o, stores if stores or no_store else [default_store()])
-    recorder = _recorder(trace, settings.chunk_size if trace_hashes else None)
+    recorder = _recorder(trace, settings.chunk_size if trace_hashes else None, trace_salt)
     loaded, tokenizer = load(model, dtype)
     cached = _wrap(loaded, tokenizer, settings, recorder, chosen=bool(stores))
     announce(cached)
@@ -88,13 +92,13 @@ def command(
     )
 
 
-def _recorder(trace: Path | None, block: int | None) -> Recorder | None:
+def _recorder(trace: Path | None, block: int | None, salt: str | None) -> Recorder | None:
     """What writes the trace, before anything slow happens."""
     if trace is None:
         return None
     from chunkcache.lab.recorder import Recorder
 
-    return Recorder(trace, block)
+    return Recorder(trace, block, None if salt is None else salt.encode())
 
 
 def _wrap(

@@ -45,6 +45,8 @@ class _Policies(click.ParamType[tuple[str, ...]]):
         if isinstance(value, tuple):
             return value
         names = tuple(part.strip().lower() for part in value.split(",") if part.strip())
+        if not names:
+            self.fail("no policy is named", param, ctx)
         for name in names:
             if name != BELADY:
                 try:
@@ -99,6 +101,8 @@ def command(
 
         sweep = Sweep(source, block_size)
         tell(bad)
+        if not sweep.atoms.tokens:
+            raise click.ClickException(f"no line of {trace} could be read")
         cases = [Case(*case) for case in product(policies, sizes or sweep.sizes())]
         results = _run(sweep, cases, jobs)
     from chunkcache.lab.render import console

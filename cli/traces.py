@@ -79,11 +79,11 @@ def _record(
     from rich.console import Console
     from rich.progress import track
 
-    from chunkcache.lab.dialogues import Asker, interleave, read_dialogues
+    from chunkcache.lab.dialogues import Asker, interleave, numbered_dialogues
     from chunkcache.lab.recorder import Recorder
 
     asker = Asker(tokenizer)
-    turns = interleave(map(asker.turns, read_dialogues(log, note)), together)
+    turns = interleave(asker.all_turns(numbered_dialogues(log, note), note), together)
     console = Console(stderr=True)
     with Recorder(made) as recorder:
         for number, turn in enumerate(

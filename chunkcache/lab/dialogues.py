@@ -17,6 +17,7 @@ from chunkcache.errors import TraceError
 from chunkcache.lab.trace import BadLine
 
 Message = dict[str, Any]
+_BEHIND = 8  # tokens of the prompt that an answer is cut behind
 _LISTS = ("messages", "conversations", "conversation", "traj", "dialogue", "dialog")
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 # For tokenizers without a template: roles in lines of their own.
@@ -36,7 +37,14 @@ class Turn(NamedTuple):
 def read_dialogues(
     path: Path, on_bad: Callable[[BadLine], object] | None = None
 ) -> Iterator[list[Message]]:
-    """The dialogues of a log, in its order.
+    """The dialogues of a log, in its order; see `numbered_dialogues`."""
+    return (messages for _, messages in numbered_dialogues(path, on_bad))
+
+
+def numbered_dialogues(
+    path: Path, on_bad: Callable[[BadLine], object] | None = None
+) -> Iterator[tuple[int, list[Message]]]:
+    """The dialogues of a log, in its order, and where they are in it.
 
     Args:
         on_bad: hears of lines (in a list: of entries, from 1 on) that are no dialogues; without it they
@@ -47,7 +55,7 @@ def read_dialogues(
     """
     for number, entry in _entries(path):
         try:
-            yield messages_of(json.loads(entry) if isinstance(entry, bytes) else entry)
+            yield number, messages_of(json.loads(entry) if isinstance(entry, bytes) else entry)
         except (ValueError, RecursionError) as error:
             why = f"no JSON: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
             if on_bad is None:
@@ -140,20 +148,53 @@ class Asker:
             ends.append(len(messages))
         for end in ends:
             answer = messages[end]["content"] if end < len(messages) else ""
-            yield Turn(self._prompt(messages[:end]), self._ids(answer))
+            prompt = self._prompt(messages[:end])
+            yield Turn(prompt, answer_ids(self._tokenizer, prompt, answer))
 
     def _prompt(self, messages: Sequence[Message]) -> list[int]:
-        ids: list[int] = self._tokenizer.apply_chat_template(
-            list(messages),
-            chat_template=self._template,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-        )
+        """Raises ValueError: the template takes no such dialogue."""
+        from jinja2.exceptions import TemplateError
+
+        try:
+            ids: list[int] = self._tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=self._template,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+            )
+        except (TemplateError, TypeError, KeyError) as error:
+            why = " ".join(str(error).split())
+            raise ValueError(f"the chat template takes no such dialogue ({why})") from error
         return ids
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+    def all_turns(
+        self, dialogues: Iterable[tuple[int, list[Message]]], on_bad: Callable[[BadLine], object]
+    ) -> Iterator[Iterator[Turn]]:
+        """The turns of each dialogue; `on_bad` hears of those that the template does not take."""
+        for number, messages in dialogues:
+            yield self._taken(number, messages, on_bad)
+
+    def _taken(
+        self, number: int, messages: list[Message], on_bad: Callable[[BadLine], object]
+    ) -> Iterator[Turn]:
+        try:
+            yield from self.turns(messages)
+        except ValueError as error:
+            on_bad(BadLine(number, str(error)))
+
+
+def answer_ids(tokenizer: Any, prompt: list[int], text: str) -> list[int]:
+    """Tokens of an answer behind its prompt; some tokenizers cut the beginning of a text otherwise."""
+    if not text:
+        return []
+    last = prompt[-_BEHIND:]
+    lead = tokenizer.decode(last)
+    alone: list[int] = tokenizer(lead, add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer(lead + text, add_special_tokens=False)["input_ids"]
+    if whole[: len(alone)] == alone:
+        return whole[len(alone) :]
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def interleave(dialogues: Iterable[Iterator[Turn]], together: int) -> Iterator[Turn]:

@@ -11,6 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from chunkcache.errors import ConfigError
+from chunkcache.lab.dialogues import answer_ids
+
 Message = dict[str, Any]
 _CONTEXT = 12  # tokens on both sides of a divergence
 _DAYS = ("01 January 2024", "02 February 2025")
@@ -75,7 +78,7 @@ class Lint:
 def samples() -> list[Sample]:
     """Dialogues of the usual kinds, of three turns each."""
     asked = ["Hi, who are you?", "What can you do?", "Thanks, bye!"]
-    said = ["I am your assistant. ", "I answer  questions:\n\n- short ones\n- long ones", "Bye!"]
+    said = ["I am your assistant.", "I answer  questions:\n\n- short ones\n- long ones", "Bye!"]
     system = [{"role": "system", "content": "You are a friendly assistant."}]
     plain = _turns(asked, said)
     thinking = _turns(asked, [_THINK + text for text in said])
@@ -98,6 +101,7 @@ def samples() -> list[Sample]:
     ]
     return [
         Sample("dialogue", plain),
+        Sample("spaces around the answer", _turns(asked, [f"{text} " for text in said])),
         Sample("with a system prompt", system + plain),
         Sample("thinking in the answer", system + thinking),
         Sample("thinking beside the answer", system + apart),
@@ -128,7 +132,13 @@ class Linter:
         self._template = template
 
     def lint(self, dialogues: Iterable[Sample]) -> Lint:
-        """Renders dialogues turn by turn."""
+        """Renders dialogues turn by turn.
+
+        Raises:
+            ConfigError: the template is no Jinja.
+        """
+        from jinja2.exceptions import TemplateSyntaxError
+
         findings: list[Finding] = []
         refused: dict[str, str] = {}
         turns = 0
@@ -136,6 +146,8 @@ class Linter:
             try:
                 findings += self._dated(sample)
                 found, count = self._extends(sample)
+            except TemplateSyntaxError as error:
+                raise ConfigError(f"the template, line {error.lineno}: {error.message}") from error
             except _refusals() as error:
                 refused[sample.name] = " ".join(str(error).split()) or type(error).__name__
                 continue
@@ -176,10 +188,11 @@ class Linter:
     def _answer(self, sample: Sample, end: int, prompt: list[int]) -> list[int]:
         """What a model would have generated: what the template makes of it behind the prompt, if it does."""
         whole = self._render(sample, end + 1)
-        content = str(sample.messages[end].get("content") or "")
-        own: list[int] = self._tokenizer(content, add_special_tokens=False)["input_ids"]
-        extends = whole[: len(prompt)] == prompt
-        return whole[len(prompt) :] if not content and extends else own
+        message = sample.messages[end]
+        parts = any(message.get(part) for part in ("tool_calls", "reasoning_content", "thinking"))
+        if parts and whole[: len(prompt)] == prompt:  # only the template knows how they are written
+            return whole[len(prompt) :]
+        return answer_ids(self._tokenizer, prompt, str(message.get("content") or ""))
 
     def _compare(
         self, sample: Sample, turn: int, prompt: list[int], answer: list[int], after: list[int]
@@ -207,7 +220,9 @@ class Linter:
 
     def _dated(self, sample: Sample) -> list[Finding]:
         """What a template writes of the day, which ends every match when that is over."""
-        one, other = (self._prompt(sample, len(sample.messages) - 1, day) for day in _DAYS)
+        ends = [n for n, one in enumerate(sample.messages) if one["role"] == "assistant" and n]
+        end = ends[-1] if ends else len(sample.messages)
+        one, other = (self._prompt(sample, end, day) for day in _DAYS)
         at = _common(one, other)
         if at == len(one) == len(other):
             return []

@@ -23,7 +23,9 @@ def lint(name: str, found: Lint) -> RenderableType:
             Text(f"{sample}: the template takes no such dialogue ({why})", style="dim"),
             Text(),
         ]
-    good = "every one extends the one before" if not found.findings else ""
+    good = "" if found.findings else "every one extends the one before"
+    if not found.turns:
+        good = "so that nothing could be checked: dialogues need two answers"
     lost = sum(one.lost for one in found.findings)
     summary = good or f"{len(found.findings)} findings, {number(lost)} tokens computed again"
     return Group(

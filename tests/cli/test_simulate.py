@@ -83,6 +83,28 @@ def test_wrong_usage(trace: Path, options: list[str]) -> None:
     assert run(trace, *options).exit_code == 2
 
 
+def test_many_cases_do_not_fill_the_pipes(trace: Path) -> None:
+    sizes = ",".join(map(str, range(1000, 1400)))
+    done = run(trace, "--policy", "lfu,slru", "--capacity", sizes, "--jobs", 2, "--json")
+    assert len(json.loads(done.stdout)["results"]) == 800
+
+
+def test_nothing_to_simulate_is_a_failure(trace: Path) -> None:
+    done = run(trace, "--block-size", 1024)
+    assert done.exit_code == 1 and "no line of" in done.stderr
+    assert run(trace, "--policy", ",").exit_code == 2
+
+
+def test_dialogues_that_a_template_does_not_take_are_told(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    good = [{"role": "user", "content": "Hi"}]
+    bad = [{"role": "user", "content": "Hi", "tool_calls": 3}, {"role": ["x"], "content": None}]
+    log.write_text("\n".join(json.dumps(one) for one in (good, {"messages": [3]}, bad, good)))
+    done = run(log, "--tokenizer", "demo", "--capacity", "unlimited", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["results"][0]["requests"] >= 2
+
+
 def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello\n")
     done = run(tmp_path / "text")

@@ -11,7 +11,9 @@ from click.testing import CliRunner
 from transformers import AutoTokenizer
 
 from chunkcache.demo import model_path
+from chunkcache.errors import ConfigError
 from chunkcache.lab.lint import Finding, Linter, Sample, samples
+from tests.lab.traces import data
 
 START = "{% for m in messages %}<|{{ m.role }}|>"
 END = "\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -38,7 +40,7 @@ def found(tokenizer, template: str | None) -> list[Finding]:
 @pytest.mark.parametrize("template", [None, GOOD])
 def test_what_extends_is_left_alone(tokenizer, template: str | None) -> None:
     lint = Linter(tokenizer, template).lint(samples())
-    assert (lint.findings, lint.refused, lint.turns) == ([], {}, 10)
+    assert (lint.findings, lint.refused, lint.turns) == ([], {}, 12)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +75,46 @@ def test_an_answer_may_be_cut_into_other_tokens(tokenizer) -> None:
     linter._answer = lambda sample, end, prompt: cut
     (finding,) = linter.lint([Sample("bye", chat)]).findings
     assert finding.why == "the answer is cut into other tokens"
+
+
+def test_thinking_beside_the_answer_may_be_left_out_of_history(tokenizer) -> None:
+    """Where it is kept, nothing is found."""
+    think = "<think>{{ m.reasoning_content }}</think>"
+    only_last = START + "{% if loop.last and m.reasoning_content %}" + think
+    kept = START + "{% if m.reasoning_content %}" + think
+    rest = "{% endif %}{{ m.content }}" + END
+    assert not found(tokenizer, kept + rest)
+    findings = found(tokenizer, only_last + rest)
+    assert {one.sample for one in findings} == {"thinking beside the answer"}
+    assert {one.why for one in findings} == {"thinking is left out of history"}
+
+
+def test_a_call_may_be_rewritten(tokenizer) -> None:
+    call = "{% if m.tool_calls %}{% if loop.last %}CALL{% else %}OMITTED{% endif %}{% endif %}"
+    findings = found(tokenizer, START + call + "{{ m.content }}" + END)
+    assert {one.sample for one in findings} == {"tools"}
+
+
+def test_tokenizers_that_cut_beginnings_otherwise() -> None:
+    """SentencePiece puts a space before a text that stands alone, and none behind a prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(data("stories260K"))
+    text = GOOD.replace("<|", "[").replace("|>", "]\n")
+    assert not found(tokenizer, text)
+
+
+def test_what_is_no_template_is_told(tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="line 1"):
+        Linter(tokenizer, "{% if x %}").lint(samples())
+    single = [Sample("one", [{"role": "user", "content": "Hi"}])]
+    lint = Linter(tokenizer, GOOD).lint(single)
+    assert (lint.turns, lint.findings, lint.refused) == (0, [], {})
+    log, good, binary = tmp_path / "log.json", tmp_path / "good", tmp_path / "binary"
+    log.write_text(json.dumps(single[0].messages))
+    good.write_text(GOOD)
+    binary.write_bytes(b"\xff\xfe")
+    for arguments in ([good, "--log", log], [binary]):
+        done = CliRunner().invoke(main, ["lint-template", *map(str, arguments)])
+        assert done.exit_code == 1 and not isinstance(done.exception, UnicodeError)
 
 
 def test_a_template_may_refuse_a_dialogue(tokenizer) -> None:

@@ -88,6 +88,24 @@ def test_a_trace_may_be_gone_on_with(tmp_path: Path) -> None:
         Recorder(hashed, block=4)  # hashes of another salt would mean nothing here
 
 
+def test_a_torn_line_costs_only_itself(tmp_path: Path) -> None:
+    path = tmp_path / "t"
+    with Recorder(path) as recorder:
+        recorder.write([1, 2, 3])
+        recorder.write([4, 5, 6])
+    path.write_bytes(path.read_bytes()[:-9])
+    with Recorder(path) as recorder:
+        recorder.write([7])
+    told = []
+    ids = [unpack(one.keys).tolist() for one in Trace(path, on_bad=told.append)]
+    assert ids == [[1, 2, 3], [7]] and [one.number for one in told] == [3]
+
+
+def test_an_empty_salt_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TraceError, match="empty salt"):
+        Recorder(tmp_path / "t", block=4, salt=b"")
+
+
 def test_threads_write_whole_lines(tmp_path: Path) -> None:
     path = tmp_path / "t"
     with Recorder(path) as recorder, ThreadPoolExecutor(4) as pool:

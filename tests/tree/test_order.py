@@ -113,6 +113,8 @@ def test_a_priority_that_cannot_be_sorted_is_refused() -> None:
     with pytest.raises(ValueError, match="gives nan"):
         insert(tree, (5, 6))
     tree.check()
+    with pytest.raises(ValueError, match="nan"):
+        insert(PrefixTree(SIZE, policy=Priority(lambda node: float("nan"))), (1, 2))
 
 
 class Unsortable(Policy):
@@ -218,6 +220,33 @@ def test_what_is_not_used_for_a_while_expires() -> None:
     assert tree.expire() == 2 and tree.match((1, 2, 3, 4)).tokens == 2
     now[0] = 20.0
     assert tree.expire() == 1
+
+
+def test_what_was_pinned_expires_again() -> None:
+    """After its last use, once the pin is gone; meanwhile not."""
+    now = [0.0]
+    order = LeafOrder(named_policy("ttl:10"))
+    tree = PrefixTree(SIZE, leaf_order=order, lock=threading.RLock(), clock=lambda: now[0])
+    tree.insert((1, 2, 3, 4), lambda *span: run_of((1, 2, 3, 4), SIZE, *span), name="a", pin=True)
+    now[0] = 1000.0
+    assert tree.expire() == 0
+    tree.lease((1, 2, 9)).release()
+    assert tree.unpin("a")
+    tree.check()
+    assert tree.expire() == 1 and tree.match((1, 2, 3, 4)).tokens == 2
+    now[0] = 1011.0
+    assert tree.expire() == 1
+    tree.check()
+
+
+def test_policies_remember_no_more_than_there_is() -> None:
+    """Without a capacity too."""
+    policy = ARC()
+    tree = PrefixTree(1, policy=policy)
+    for number in range(300):
+        tree.insert((number,), lambda *span, n=number: run_of((n,), 1, *span))
+        tree.evict(max(0, tree.chunks - 10))
+    assert sum(gone.chunks for gone in policy._gone) <= 10
 
 
 @pytest.mark.parametrize("name", ["fifo", "ttl:", "ttl:-1", "ttl:nan", "LRU", ""])
