@@ -55,7 +55,7 @@ def opened(
 
     Raises:
         TraceError: there is no request in the file.
-        click.ClickException: no such tokenizer.
+        click.ClickException: no such tokenizer, or no dialogue in a log.
     """
     from chunkcache.lab.trace import Trace
 
@@ -69,13 +69,16 @@ def opened(
         return
     with TemporaryDirectory() as folder:
         made = Path(folder, path.name)
-        _record(path, made, load_tokenizer(tokenizer), interleave, note)
+        if not _record(path, made, load_tokenizer(tokenizer), interleave, note):
+            tell(bad)
+            raise click.ClickException(f"no dialogue of {path} could be read")
         yield Trace(made), bad
 
 
 def _record(
     log: Path, made: Path, tokenizer: Any, together: int, note: Callable[[BadLine], object]
-) -> None:
+) -> int:
+    """Makes a trace of a log; returns how many requests it has."""
     from rich.console import Console
     from rich.progress import track
 
@@ -85,11 +88,12 @@ def _record(
     asker = Asker(tokenizer)
     turns = interleave(asker.all_turns(numbered_dialogues(log, note), note), together)
     console = Console(stderr=True)
+    shown = track(turns, "tokenizing", console=console, transient=True, total=None)
+    count = 0
     with Recorder(made) as recorder:
-        for number, turn in enumerate(
-            track(turns, "tokenizing", console=console, transient=True, total=None)
-        ):
-            recorder.write(turn.prompt, turn.answer, time=number)
+        for count, turn in enumerate(shown, 1):
+            recorder.write(turn.prompt, turn.answer, time=count)
+    return count
 
 
 def tell(bad: dict[int, BadLine]) -> None:

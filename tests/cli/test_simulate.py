@@ -136,6 +136,9 @@ def test_a_chat_log(tmp_path: Path) -> None:
     assert (found["trace"], found["block_size"], found["bad_lines"]) == (str(log), 16, 1)
     assert found["results"][0]["requests"] == 4 and found["results"][0]["hit_rate"] > 0.6
     assert "line 2 is left out: no JSON" in done.stderr
+    log.write_text("nothing\n")
+    nothing = run(log, "--tokenizer", "demo")
+    assert nothing.exit_code == 1 and "no dialogue of" in nothing.stderr
     missing = run(log, "--tokenizer", tmp_path / "none")
     assert missing.exit_code == 1 and "cannot load" in missing.stderr
 
