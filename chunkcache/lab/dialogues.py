@@ -67,7 +67,7 @@ def _entries(path: Path) -> Iterator[tuple[int, Any]]:
     """Lines, or what a file that is one list of JSON has in it."""
     try:
         with open(path, "rb") as file:
-            whole = _whole(file.read()) if path.suffix == ".json" else None
+            whole = _whole(path, file.read()) if path.suffix == ".json" else None
             if whole is None:
                 file.seek(0)
                 lines = ((n, line) for n, line in enumerate(file, 1) if line.strip())
@@ -78,7 +78,7 @@ def _entries(path: Path) -> Iterator[tuple[int, Any]]:
         raise TraceError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _whole(text: bytes) -> list[Any] | None:
+def _whole(path: Path, text: bytes) -> list[Any] | None:
     """The entries of a list; None if the text is not one JSON value."""
     try:
         found = json.loads(text)
@@ -87,7 +87,7 @@ def _whole(text: bytes) -> list[Any] | None:
     if isinstance(found, dict):
         return [found]
     if not isinstance(found, list):
-        raise TraceError("a file of JSON that is neither a list nor an object")
+        raise TraceError(f"{path} has neither a list nor an object of JSON")
     return [found] if found and all(_is_message(one) for one in found) else found
 
 

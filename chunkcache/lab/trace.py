@@ -11,6 +11,7 @@ blocks are; Mooncake's have no such line and 512 tokens.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,8 +184,11 @@ def _tokens(fields: dict[str, Any], form: Form) -> Request:
 
 
 def _request(fields: dict[str, Any], keys: Packed, tokens: int, answer: bytes) -> Request:
+    time = float(fields.get("timestamp", 0)) / 1000
+    if not math.isfinite(time):
+        raise ValueError("timestamp must be a number")
     return Request(
-        float(fields.get("timestamp", 0)) / 1000,
+        time,
         keys,
         tokens,
         _count(fields, "output_length", 0),

@@ -63,6 +63,7 @@ BAD = {
     "to 2**64 - 1": GOOD | {"hash_ids": [1, 2**64]},
     "input_length must be a number of tokens": GOOD | {"input_length": -1},
     "output_length must be": GOOD | {"output_length": "9"},
+    "timestamp must be a number": GOOD | {"timestamp": float("nan")},
     "not an object": [1, 2],
 }
 
