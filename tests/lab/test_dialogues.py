@@ -66,7 +66,7 @@ def test_what_is_no_dialogue_is_told(line: str, tmp_path: Path) -> None:
     assert list(read_dialogues(path, told.append)) == [CHAT]
     assert [one.number for one in told] == [2]
     (tmp_path / "number.json").write_text("5")
-    with pytest.raises(TraceError, match="number.json has neither"):
+    with pytest.raises(TraceError, match="has neither a list"):
         list(read_dialogues(tmp_path / "number.json"))
     with pytest.raises(TraceError, match="cannot be read"):
         list(read_dialogues(tmp_path / "none.json"))
