@@ -62,7 +62,7 @@ def measure(
 @click.command()
 @click.option("--shared", default=1024)
 @click.option("--private", default=64)
-@click.option("--repeats", default=15)
+@click.option("--repeats", default=31)
 @click.option("--seed", default=0)
 def main(shared: int, private: int, repeats: int, seed: int) -> None:
     """Prints a table and one JSON line; keeps the raw samples in results/."""
