@@ -19,7 +19,7 @@ help:
 	@echo "make env     only install"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make types   mypy"
-	@echo "make docs    write docs/cli.md and docs/models.md anew"
+	@echo "make docs    write anew what commands print on the pages of docs/"
 	@echo "make bench   run the benchmarks one by one"
 	@echo "make oldest  the tests that touch torch and transformers, with the oldest versions of both"
 	@echo "make stress  a million random steps on the prefix tree"
@@ -57,6 +57,7 @@ types: env
 docs: env
 	$(BIN)/python docs/generate_cli.py
 	$(BIN)/python -m docs.generate_models
+	$(BIN)/python -m docs.generate_examples
 
 bench: env
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m $$name; done

@@ -22,10 +22,10 @@ import click
 from transformers import AutoTokenizer
 
 from benchmarks.common import save
-from chunkcache.lab.dialogues import Asker, Turn, interleave, read_dialogues
-from chunkcache.lab.recorder import Recorder
-from chunkcache.lab.sweep import BELADY, Case, Result, Sweep
-from chunkcache.lab.trace import Trace
+from chunkcache.lab.simulation.sweep import BELADY, Case, Result, Sweep
+from chunkcache.lab.traces.dialogues import Asker, Turn, interleave, read_dialogues
+from chunkcache.lab.traces.recorder import Recorder
+from chunkcache.lab.traces.trace import Trace
 from chunkcache.tree import POLICIES
 
 TOGETHER = 8  # dialogues

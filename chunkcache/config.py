@@ -76,6 +76,7 @@ class Config:
             insists on compiled attention, "torch" avoids compiled code. What differs in the last
             bits shares nothing.
         keep_answers: store the KV of generated tokens too, so that the next turn finds them.
+        history_bytes: memory for salted hashes of the last requests, from which reports are made.
         stores: colder tiers, the fastest first: "memory:2GiB", "disk:DIR?budget=20GiB&ttl=7d",
             "redis://HOST:PORT?ttl=1h". What is stored is written to them behind the requests, and read
             where a prompt's match ends (not for encoder-decoders).
@@ -96,6 +97,7 @@ class Config:
     exactness: Literal["auto", "borders"] = "auto"
     kernel: Literal["auto", "native", "torch"] = "auto"
     keep_answers: bool = True
+    history_bytes: int | str = 16 * 2**20
     stores: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -124,6 +126,7 @@ class Config:
             raise ConfigError(f"stores is {self.stores!r}; it must be a list of names")
         object.__setattr__(self, "stores", tuple(self.stores))
         object.__setattr__(self, "device_bytes", parse_bytes(self.device_bytes))
+        object.__setattr__(self, "history_bytes", parse_bytes(self.history_bytes))
         if self.snapshot_bytes is not None:
             object.__setattr__(self, "snapshot_bytes", parse_bytes(self.snapshot_bytes))
         if not 0 <= self.snapshot_budget < max(1, self.budget):
@@ -136,6 +139,11 @@ class Config:
     def budget(self) -> int:
         """`device_bytes` as a number."""
         return parse_bytes(self.device_bytes)
+
+    @property
+    def history_budget(self) -> int:
+        """`history_bytes` as a number."""
+        return parse_bytes(self.history_bytes)
 
     @property
     def snapshot_budget(self) -> int:

@@ -7,6 +7,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from http.client import HTTPException
 from typing import Any
 
 import click
@@ -39,14 +40,28 @@ def fetch(url: str, path: str, api_key: str | None) -> Any:
     Raises:
         click.ClickException: no server there, or an answer other than JSON.
     """
+    body = read(url, path, api_key)
+    try:
+        return json.loads(body)
+    except ValueError as error:
+        raise click.ClickException(f"cannot read {url.rstrip('/')}{path}: {error}") from error
+
+
+def read(url: str, path: str, api_key: str | None) -> bytes:
+    """What is at a path of a server.
+
+    Raises:
+        click.ClickException: no server there, or an error.
+    """
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     where = url.rstrip("/") + path
     try:
         request = urllib.request.Request(where, headers=headers)
         with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
-            return json.load(response)
+            body: bytes = response.read()
+            return body
     except urllib.error.HTTPError as error:
         with error:
             raise click.ClickException(f"{where} answered {error.code} {error.reason}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         raise click.ClickException(f"cannot read {where}: {error}") from error

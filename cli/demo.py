@@ -29,7 +29,7 @@ def command(users: int, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(story.to_dict(), indent=2))
         return
-    from chunkcache.lab.render import console
-    from chunkcache.lab.render_demo import tell
+    from chunkcache.lab.views.demo import tell
+    from chunkcache.lab.views.tables import console
 
     tell(story, console())

@@ -32,8 +32,8 @@ def command(
     into other tokens, dates. Exit code 1 if anything was found, or nothing
     could be checked.
     """
-    from chunkcache.lab.dialogues import read_dialogues
-    from chunkcache.lab.lint import Linter, Sample, samples
+    from chunkcache.lab.analysis.lint import Linter, Sample, samples
+    from chunkcache.lab.traces.dialogues import read_dialogues
 
     file = Path(template)
     try:
@@ -52,8 +52,8 @@ def command(
     if as_json:
         click.echo(json.dumps({"template": template} | found.to_dict(), indent=2))
     else:
-        from chunkcache.lab.render import console
-        from chunkcache.lab.render_lint import lint
+        from chunkcache.lab.views.lint import lint
+        from chunkcache.lab.views.tables import console
 
         console().print(lint(template, found))
     context.exit(1 if found.findings or not found.turns else 0)

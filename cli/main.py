@@ -14,7 +14,8 @@ from chunkcache import __version__
 from chunkcache.errors import ChunkcacheError
 
 _COMMANDS = (
-    "serve", "warm", "demo", "report", "simulate", "lint-template", "tree", "verify", "plan", "store",
+    "serve", "warm", "demo", "report", "explain", "simulate", "lint-template", "tree", "verify", "plan",
+    "store",
 )  # fmt: skip
 
 

@@ -119,7 +119,7 @@ def command(model: str, dtype: str, contexts: tuple[int, ...], as_json: bool, **
         more = {"encoder_tokens": encoder, "contexts": lengths, "sessions": sessions.to_dict()}
         click.echo(json.dumps({"model": model} | found.to_dict() | more, indent=2))
         return
-    from chunkcache.lab.render import console
-    from chunkcache.lab.render_plan import plan_report
+    from chunkcache.lab.views.plan import plan_report
+    from chunkcache.lab.views.tables import console
 
     console().print(plan_report(model, found, contexts, encoder, sessions))

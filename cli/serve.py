@@ -96,7 +96,7 @@ def _recorder(trace: Path | None, block: int | None, salt: str | None) -> Record
     """What writes the trace, before anything slow happens."""
     if trace is None:
         return None
-    from chunkcache.lab.recorder import Recorder
+    from chunkcache.lab.traces.recorder import Recorder
 
     return Recorder(trace, block, None if salt is None else salt.encode())
 

@@ -72,7 +72,8 @@ def default_store() -> str:
 
 def announce(cached: CachedModel) -> None:
     """Two lines on stderr for each store: where prefixes are kept, and whether reading pays."""
-    from chunkcache.lab.render import break_even, size
+    from chunkcache.lab.views.stats import break_even
+    from chunkcache.lab.views.words import size
     from chunkcache.stores.places import budget, shown
 
     stats = cached.stats()
@@ -87,7 +88,7 @@ def announce(cached: CachedModel) -> None:
 
 def warn_of_budgets(stores: Sequence[str], needed: int) -> None:
     """A line on stderr for each store that cannot hold so many bytes."""
-    from chunkcache.lab.render import size
+    from chunkcache.lab.views.words import size
     from chunkcache.stores.places import budget, shown
 
     for name in stores:

@@ -93,8 +93,8 @@ def ls(store: Store, where: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
-    from chunkcache.lab.render import console
-    from chunkcache.lab.render_store import families, shortest
+    from chunkcache.lab.views.store import families, shortest
+    from chunkcache.lab.views.tables import console
 
     digits = shortest([row["group"] for row in rows], 12)
     console().print(families(where, rows, digits, time.time()))
@@ -114,10 +114,10 @@ def stat(store: Store, where: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
-    from chunkcache.lab import render_store
-    from chunkcache.lab.render import console
+    from chunkcache.lab.views import store as views
+    from chunkcache.lab.views.tables import console
 
-    console().print(render_store.totals(where, found, time.time()))
+    console().print(views.totals(where, found, time.time()))
 
 
 @command.command("verify", short_help="Read every value, and say which are damaged.")
@@ -138,10 +138,10 @@ def verify(ctx: click.Context, store: Store, where: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(facts, indent=2))
     else:
-        from chunkcache.lab import render_store
-        from chunkcache.lab.render import console
+        from chunkcache.lab.views import store as views
+        from chunkcache.lab.views.tables import console
 
-        console().print(render_store.survey(where, facts))
+        console().print(views.survey(where, facts))
     if found.damage:
         ctx.exit(1)
 
@@ -163,10 +163,10 @@ def gc(store: Store, where: str, dry: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(swept, indent=2))
         return
-    from chunkcache.lab import render_store
-    from chunkcache.lab.render import console
+    from chunkcache.lab.views import store as views
+    from chunkcache.lab.views.tables import console
 
-    console().print(render_store.swept(where, swept, dry))
+    console().print(views.swept(where, swept, dry))
 
 
 @command.command("rm", short_help="Remove stored prefixes.")
@@ -182,7 +182,7 @@ def rm(store: Store, where: str, yes: bool, **chosen: Any) -> None:
     Who runs now keeps what is in memory, and may write it again.
     """
     from chunkcache.kv.inventory import take_inventory
-    from chunkcache.lab.render import number, size
+    from chunkcache.lab.views.words import number, size
 
     if sum(map(bool, chosen.values())) != 1:
         raise click.UsageError("name prefixes, or one of --namespace, --model and --all")

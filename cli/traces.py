@@ -14,19 +14,26 @@ import click
 from .loading import load_tokenizer
 
 if TYPE_CHECKING:
-    from chunkcache.lab.trace import BadLine, Trace
+    from chunkcache.lab.traces.trace import BadLine, Trace
 
 _SHOWN = 5  # bad lines
 
 
-def trace_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds the argument TRACE, --tokenizer, --interleave and --block-size."""
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
-    @click.argument("trace", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+
+def trace_argument(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the argument TRACE, --tokenizer, --interleave and --block-size."""
+    return click.argument("trace", type=FILE)(trace_options(command))
+
+
+def trace_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds --tokenizer, --interleave and --block-size."""
+
     @click.option(
         "--tokenizer",
         metavar="MODEL",
-        help="TRACE is a chat log, for which MODEL has the tokenizer.",
+        help="Whose tokens those of the trace are; a chat log needs one.",
     )
     @click.option(
         "--interleave",
@@ -47,29 +54,53 @@ def trace_options(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+class Bad:
+    """Lines that were left out: how many (`len`), and the first of them."""
+
+    def __init__(self) -> None:
+        self.first: list[BadLine] = []
+        self._count = self._last = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, line: BadLine) -> None:
+        """Counts one."""
+        self._count += 1
+        if len(self.first) < _SHOWN:
+            self.first.append(line)
+
+    def add_once(self, line: BadLine) -> None:
+        """Counts one of a file that is read in order, maybe several times."""
+        if line.number > self._last:
+            self._last = line.number
+            self.add(line)
+
+
 @contextmanager
 def opened(
     path: Path, tokenizer: str | None, interleave: int, block_size: int | None
-) -> Iterator[tuple[Trace, dict[int, BadLine]]]:
-    """A trace, and its bad lines by number, which fill up while it is read.
+) -> Iterator[tuple[Trace, Bad]]:
+    """A trace, or what a tokenizer makes one of; and its bad lines, which come up while it is read.
 
     Raises:
-        TraceError: there is no request in the file.
-        click.ClickException: no such tokenizer, or no dialogue in a log.
+        click.ClickException: no request in the file, no such tokenizer, or no dialogue in a log.
     """
-    from chunkcache.lab.trace import Trace
+    from chunkcache.errors import TraceError
+    from chunkcache.lab.traces.trace import Trace
 
-    bad: dict[int, BadLine] = {}  # large files are read several times
-
-    def note(line: BadLine) -> None:
-        bad.setdefault(line.number, line)
-
-    if tokenizer is None:
-        yield Trace(path, block_size, on_bad=note), bad
+    bad = Bad()
+    try:
+        trace = Trace(path, block_size, on_bad=bad.add_once)
+    except TraceError as error:
+        if tokenizer is None:
+            raise click.ClickException(f"{error}; or a chat log, with --tokenizer MODEL") from error
+    else:
+        yield trace, bad
         return
     with TemporaryDirectory() as folder:
         made = Path(folder, path.name)
-        if not _record(path, made, load_tokenizer(tokenizer), interleave, note):
+        if not _record(path, made, load_tokenizer(str(tokenizer)), interleave, bad.add):
             tell(bad)
             raise click.ClickException(f"no dialogue of {path} could be read")
         yield Trace(made), bad
@@ -82,8 +113,8 @@ def _record(
     from rich.console import Console
     from rich.progress import track
 
-    from chunkcache.lab.dialogues import Asker, interleave, numbered_dialogues
-    from chunkcache.lab.recorder import Recorder
+    from chunkcache.lab.traces.dialogues import Asker, interleave, numbered_dialogues
+    from chunkcache.lab.traces.recorder import Recorder
 
     asker = Asker(tokenizer)
     turns = interleave(asker.all_turns(numbered_dialogues(log, note), note), together)
@@ -91,16 +122,17 @@ def _record(
     shown = track(turns, "tokenizing", console=console, transient=True, total=None)
     count = 0
     with Recorder(made) as recorder:
-        for count, turn in enumerate(shown, 1):
-            recorder.write(turn.prompt, turn.answer, time=count)
+        for turn in shown:
+            recorder.write(turn.prompt, turn.answer)
+            count += 1
     return count
 
 
-def tell(bad: dict[int, BadLine]) -> None:
+def tell(bad: Bad) -> None:
     """Warns of lines that were left out."""
-    for line in list(bad.values())[:_SHOWN]:
+    for line in bad.first:
         click.echo(f"Warning: line {line.number} is left out: {line.why}", err=True)
-    if len(bad) > _SHOWN:
+    if len(bad) > len(bad.first):
         click.echo(
             f"Warning: {len(bad):,} lines are left out, of which these are the first", err=True
         )

@@ -18,7 +18,8 @@ def command(ctx: click.Context, model: str, dtype: str, as_json: bool) -> None:
     """Prove on MODEL that reusing KV changes nothing, or say why not (exit code 1)."""
     loaded, _ = load(model, dtype, tokens=False)
     from chunkcache import verify
-    from chunkcache.lab.render import console, pairs, size
+    from chunkcache.lab.views.tables import console, pairs
+    from chunkcache.lab.views.words import size
 
     report = verify(loaded)
     if as_json:

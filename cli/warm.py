@@ -116,7 +116,8 @@ def _print(warmed: Sequence[Warmed], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([prompt.to_dict() for prompt in warmed], indent=2))
         return
-    from chunkcache.lab.render import columns, console, number
+    from chunkcache.lab.views.tables import columns, console
+    from chunkcache.lab.views.words import number
 
     names = ("prompt", "tokens", "stored", "found", "computed", "values written")
     rows = [

@@ -52,6 +52,13 @@ def test_command_line_reference_is_current() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_examples_are_current() -> None:
+    """Commands on a page print what stands below them."""
+    command = [sys.executable, "-m", "docs.generate_examples", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 def test_architecture_lists_every_module() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     listed = _listed(text.split("```text\n", 1)[1].split("```", 1)[0])
@@ -83,6 +90,6 @@ def test_settings_are_described() -> None:
 
 
 def _shown(value: object) -> str:
-    if value == 2 * 2**30:
-        return '"2GiB"'
+    if value in (2 * 2**30, 16 * 2**20):
+        return '"2GiB"' if value == 2 * 2**30 else '"16MiB"'
     return f'"{value}"' if isinstance(value, str) else str(value)

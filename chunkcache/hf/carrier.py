@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from time import perf_counter
 from typing import NamedTuple
 
 import torch
@@ -60,11 +61,23 @@ class Carried(Cache, ABC):  # type: ignore[misc]
         pads: per row, the padding in front of its tokens in the caller's input_ids.
         prompt_left: how many forwards of generate() still add tokens of the prompt; None before it.
         after_prefill: called after forwards of several tokens.
+        first_token_at: when the first token of the answers was known, by `perf_counter`.
     """
 
     pads: list[int]
     prompt_left: int | None = None
     after_prefill: Callable[[], None] | None = None
+    first_token_at: float | None = None
+
+    def forward_begins(self) -> None:
+        """Called before each forward of generate(), which by then has read what the last one gave."""
+        if self.prompt_left == 0 and self.first_token_at is None:
+            self.first_token_at = perf_counter()
+
+    def forward_ended(self) -> None:
+        """Called after it."""
+        if self.prompt_left:
+            self.prompt_left -= 1
 
     @property
     @abstractmethod

@@ -251,8 +251,11 @@ class OwnCache(Carried):
 
     def step(self, ids: list[list[int]]) -> torch.Tensor:
         """Adds a token to each row; its logits `[rows, 1, vocabulary]`."""
+        self.forward_begins()
         pairs = zip(self.sequences, ids, strict=True)
-        return torch.cat([self._step(row, new) for row, new in pairs])
+        logits = torch.cat([self._step(row, new) for row, new in pairs])
+        self.forward_ended()
+        return logits
 
     def _step(self, row: OwnRow, ids: list[int]) -> torch.Tensor:
         logits, row.ready = row.ready, None

@@ -53,6 +53,7 @@ class ForwardHooks:
         if not isinstance(cache, ChunkCache):
             return None
         ids = self._ids(kwargs.get("input_ids", args[0] if args else None), kwargs)
+        cache.forward_begins()
         self._running.cache = weakref.ref(cache)
         self._running.prompt = cache.prompt_left != 0
         batch = cache.batch
@@ -116,8 +117,7 @@ class ForwardHooks:
         if output.get("hidden_states") is not None:
             output.hidden_states = tuple(h[:rows, :tokens] for h in output.hidden_states)
         batch.end()
-        if cache.prompt_left:
-            cache.prompt_left -= 1
+        cache.forward_ended()
         if tokens > 1 and cache.after_prefill is not None:
             cache.after_prefill()
         return output

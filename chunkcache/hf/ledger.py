@@ -11,12 +11,17 @@ from contextlib import contextmanager
 from chunkcache.attention.groups import Decisions
 from chunkcache.config import Config
 from chunkcache.hf.carrier import Carried
-from chunkcache.hf.prefill import Row
+from chunkcache.hf.prefill import Around, Row
 from chunkcache.hf.probe import Proof, exactness
 from chunkcache.kv.store import PrefixStore
 from chunkcache.kv.tiers import Tiers
+from chunkcache.lab.analysis.pace import Pace
 from chunkcache.lab.records import Reuse, Stats, TreeRow
-from chunkcache.tree import PrefixTree
+from chunkcache.tree import Node, PrefixTree
+from chunkcache.tree.keys import TOKEN_BYTES, common_prefix, unpack
+
+_SHOWN = 32  # tokens of a node that are decoded for people
+_BEFORE = 1  # of them stands before the first that tells it from its siblings
 
 
 class Ledger:
@@ -26,14 +31,17 @@ class Ledger:
         self._lock = threading.Lock()
         self._local = threading.local()
         self._last: list[Reuse] = []
+        self._seen: list[tuple[Reuse, Around]] = []
         self._running: dict[int, Carried] = {}
         self._sums: Counter[str] = Counter()
         self._misses: Counter[str] = Counter()
+        self._tiers: Counter[str] = Counter()
         self._named: dict[str, Counter[str]] = {}
+        self._pace = Pace()
 
     def begin(self) -> None:
         """This thread's last request is no longer its last."""
-        self._local.last = []
+        self._local.last, self._local.seen = [], []
 
     @contextmanager
     def running(self, carried: Carried) -> Iterator[None]:
@@ -46,9 +54,14 @@ class Ledger:
             with self._lock:
                 del self._running[id(carried)]
 
-    def note(self, rows: list[Row]) -> None:
-        """Counts the prompts of a request."""
+    def note(self, rows: list[Row], seconds: float) -> None:
+        """Counts the prompts of a request, whose first token took so long."""
         self.record([row.reuse for row in rows], [row.names for row in rows])
+        seen = [(row.reuse, row.around) for row in rows]
+        self._local.seen = seen
+        with self._lock:
+            self._seen = seen
+            self._pace.add(sum(row.reuse.computed_tokens for row in rows), seconds)
 
     def record(self, records: list[Reuse], names: Sequence[tuple[str, ...]] = ()) -> None:
         """Counts prompts by their records; `names`: of what was preloaded for each."""
@@ -60,6 +73,7 @@ class Ledger:
                 self._sums["prompt"] += reuse.prompt_tokens
                 self._sums["cached"] += reuse.cached_tokens
                 self._misses[reuse.reason] += reuse.computed_tokens
+                self._tiers.update(reuse.tiers)
             for reuse, known in zip(records, names, strict=False):
                 for name in known:
                     counts = self._named.setdefault(name, Counter())
@@ -75,6 +89,11 @@ class Ledger:
     def last(self) -> list[Reuse]:
         """Of this thread's last request, else of anybody's."""
         return list(getattr(self._local, "last", self._last))
+
+    @property
+    def seen(self) -> list[tuple[Reuse, Around]]:
+        """Where the prompts of that request left what is stored."""
+        return list(getattr(self._local, "seen", self._seen))
 
     def stats(
         self,
@@ -101,6 +120,9 @@ class Ledger:
                 prompt_tokens=self._sums["prompt"],
                 cached_tokens=self._sums["cached"],
                 generated_tokens=self._sums["generated"],
+                tenant=settings.tenant,
+                tiers={tier: tokens for tier, tokens in self._tiers.items() if tokens},
+                token_seconds=self._pace.token_seconds,
                 miss_tokens=dict(self._misses),
                 named={name: dict(counts) for name, counts in self._named.items()},
                 nodes=sum(tree.nodes for tree in trees),
@@ -135,8 +157,11 @@ def tree_rows(
         token_bytes: KV of one token; decode: from ids to text.
     """
     now = time.monotonic()
+    nodes = list(tree.walk())
+    alike = _alike(nodes)
     depths: dict[int, int] = {}
-    for node in tree.walk():
+    for node in nodes:
+        skipped = max(0, alike[id(node)] - _BEFORE)
         depth = depths[id(node)] = depths.get(id(node.parent), -1) + 1
         yield TreeRow(
             depth,
@@ -149,7 +174,32 @@ def tree_rows(
             node.leases,
             node.names,
             "device",
-            decode(node.tokens[:32].tolist()),
+            decode(_first_tokens(node, skipped)),
             node.snapshots,
             node.snapshot_bytes,
+            skipped,
+            node.hit_tokens,
         )
+
+
+def _alike(nodes: Sequence[Node]) -> Counter[int]:
+    """Tokens that a node and its most similar sibling both begin with, by the node's id.
+
+    `nodes` come depth first, siblings in token order, so that the most similar one is a neighbour.
+    """
+    alike: Counter[int] = Counter()
+    latest: dict[int, Node] = {}
+    for node in nodes:
+        before = latest.get(id(node.parent))
+        if before is not None:
+            most = min(before.token_count, node.token_count)
+            shared = common_prefix(before.data, 0, node.data, 0, most)
+            for one in (before, node):
+                alike[id(one)] = max(alike[id(one)], shared)
+        latest[id(node.parent)] = node
+    return alike
+
+
+def _first_tokens(node: Node, skipped: int) -> list[int]:
+    shown = node.data[skipped * TOKEN_BYTES : (skipped + _SHOWN) * TOKEN_BYTES]
+    return [int(token) for token in unpack(shown)]

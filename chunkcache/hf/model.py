@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -26,18 +27,17 @@ from chunkcache.errors import (
 from chunkcache.hf import arguments
 from chunkcache.hf.ahead import Ahead
 from chunkcache.hf.carrier import Carried
-from chunkcache.hf.ledger import Ledger, tree_rows
+from chunkcache.hf.insight import Insight
+from chunkcache.hf.ledger import Ledger
 from chunkcache.hf.others import Others, answers, is_ids, missed
 from chunkcache.hf.plain import check_around, check_model, plain_model
 from chunkcache.hf.prefill import Prefiller, Row, Space
-from chunkcache.hf.probe import Proof, fixed_rope_limit, position_limit
+from chunkcache.hf.probe import fixed_rope_limit, position_limit
 from chunkcache.hf.requests import Request, read_causal, read_encoded
 from chunkcache.hf.serving import Serving
 from chunkcache.hf.state import ModelState
 from chunkcache.hf.tracing import Tracing
-from chunkcache.kv.store import PrefixStore
-from chunkcache.lab.recorder import Recorder
-from chunkcache.lab.records import Reuse, Stats, TreeRow
+from chunkcache.lab.traces.recorder import Recorder
 
 _TRAINING = "the model, or a part of it, is in training mode (dropout); call model.eval() first"
 
@@ -70,7 +70,7 @@ def wrap(
     return CachedModel(model, tokenizer, config or Config(), trace)
 
 
-class CachedModel:
+class CachedModel(Insight):
     """A model with a prefix cache; also a context manager that closes it.
 
     Everything not defined here is the wrapped model's own, so it can stand in for it in
@@ -108,17 +108,7 @@ class CachedModel:
         self._ledger = Ledger()
         self._state = ModelState(model, settings)
         self._ahead = Ahead()
-        self._tracing = None if trace is None else Tracing(trace, settings.tenant)
-
-    @property
-    def store(self) -> PrefixStore:
-        """Everything that is stored."""
-        return self._state.store
-
-    @property
-    def proof(self) -> Proof:
-        """What was proved for the model as the last request found it."""
-        return self._state.proof
+        self._tracing = Tracing(trace, settings, self.store, str(model.config.model_type))
 
     # -- generate
 
@@ -143,6 +133,7 @@ class CachedModel:
         serving = self._state.serving()
         generator = serving.proof.carrier.generator
         generator.generation_config = self.generation_config
+        begin = perf_counter()
         with self._open(request, serving) as rows:
             cache = self._prepare(rows, request, serving.prefiller)
             with self._ledger.running(cache):
@@ -152,8 +143,9 @@ class CachedModel:
                     **request.arguments,
                     **kwargs | {"use_cache": True},
                 )
-            self._ledger.note(rows)
-            self._keep_answers(rows, cache, request.ends, serving.prefiller)
+            seconds = (cache.first_token_at or perf_counter()) - begin
+            self._ledger.note(rows, seconds)
+            self._keep_answers(rows, cache, request.ends, serving.prefiller, seconds)
         if getattr(result, "past_key_values", None) is not None:
             result.past_key_values = None  # its chunks may be evicted from now on
         return result
@@ -250,7 +242,12 @@ class CachedModel:
         return joined
 
     def _keep_answers(
-        self, rows: list[Row], cache: Carried, ends: set[int], prefiller: Prefiller
+        self,
+        rows: list[Row],
+        cache: Carried,
+        ends: set[int],
+        prefiller: Prefiller,
+        seconds: float,
     ) -> None:
         """Counts what was generated and stores it, so that a next turn finds it."""
         keep = self.settings.keep_answers and prefiller.keeps_steps
@@ -270,8 +267,8 @@ class CachedModel:
                 counts.append(count)
             if keep:
                 prefiller.store_tokens(rows[0].space, cache, number, tokens[: prompt + count])
-        if self._tracing is not None and not self._encodes:  # an encoder's input is no prefix
-            self._tracing.note(rows, stored, counts)
+        if not self._encodes:  # an encoder's input is no prefix
+            self._tracing.note(rows, stored, counts, _shares(rows, seconds))
 
     def _check_usable(self) -> None:
         if self._state.closed:
@@ -282,28 +279,6 @@ class CachedModel:
             raise UnsupportedRequestError(
                 "autocast changes the type of KV in mid-model; load the model in that type instead"
             )
-
-    # -- records
-
-    @property
-    def last_reuse(self) -> list[Reuse]:
-        """A record per prompt of this thread's last generate(), else of anybody's last."""
-        return self._ledger.last
-
-    def stats(self) -> Stats:
-        """Sums since wrap() and what is stored now."""
-        kind, decisions = str(self.model.config.model_type), self._state.decisions
-        tiers = self._state.tiers
-        return self._ledger.stats(kind, self.settings, self.proof, self.store, decisions, tiers)
-
-    def tree_rows(self) -> list[TreeRow]:
-        """The stored prefixes, depth first."""
-        size = self.store.layout.token_bytes
-        trees = self.store.trees()
-        return [row for tree in trees for row in tree_rows(tree, size, self._snippet)]
-
-    def _snippet(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids)) if self.tokenizer is not None else ""
 
     # -- looking after the cache
 
@@ -412,8 +387,7 @@ class CachedModel:
         """
         self._ahead.close()
         self._state.close()
-        if self._tracing is not None:
-            self._tracing.close()
+        self._tracing.close()
 
     def __enter__(self) -> CachedModel:
         return self
@@ -449,6 +423,12 @@ class CachedModel:
 def _fill(prefiller: Prefiller, row: Row, until: int) -> None:
     prefiller.prefill(row, until)
     prefiller.publish(row)
+
+
+def _shares(rows: list[Row], seconds: float) -> list[float]:
+    """What each row had of the time until the first token: as much as it computed."""
+    computed = [row.reuse.computed_tokens for row in rows]
+    return [seconds * count / sum(computed) for count in computed]
 
 
 def _publish(prefiller: Prefiller, row: Row) -> None:

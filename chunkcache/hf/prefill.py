@@ -18,6 +18,7 @@ from chunkcache.kv.tiers import Tiers
 from chunkcache.lab.records import Reuse
 from chunkcache.tree import Lease, Match, Node, Piece, pack
 
+_CONTEXT = 12  # tokens on both sides of where a prompt leaves what is stored
 _FETCHED = 256  # prompts that were prepared and not opened yet
 
 
@@ -32,6 +33,17 @@ class Space(NamedTuple):
     epoch: int
 
 
+class Around(NamedTuple):
+    """Ids around the first token of a prompt that is not stored, and those that are stored instead."""
+
+    before: list[int]
+    prompt: list[int]
+    stored: list[int]
+
+
+_NOWHERE = Around([], [], [])
+
+
 @dataclass
 class Row:
     """One prompt on its way; `Prefiller.close` gives everything back.
@@ -41,6 +53,7 @@ class Row:
         whole: the prompt runs in one piece, and nothing of it is stored.
         taken: snapshots to be stored, by position.
         runs: whether colder tiers know that it runs.
+        around: where the prompt left what is stored.
     """
 
     space: Space
@@ -54,6 +67,7 @@ class Row:
     whole: bool = False
     taken: dict[int, Snapshot] = field(default_factory=dict, repr=False)
     runs: bool = False
+    around: Around = field(default=_NOWHERE, repr=False)
 
     @property
     def length(self) -> int:
@@ -228,11 +242,12 @@ class Prefiller:
             if self.tiers is not None and used:
                 self.tiers.used(space.name, tokens[:used], lease.match.node.hits)
             names = _names(lease.match)
+            around = _around(tokens, lease, limit)
         except BaseException:
             lease.release()
             raise
         stops = self._stops(len(tokens), lease.tokens) if self.carrier.snapshots else frozenset()
-        return Row(space, tokens, carried, [lease], reuse, names, flight, stops)
+        return Row(space, tokens, carried, [lease], reuse, names, flight, stops, around=around)
 
     def _resumable(self, lease: Lease, limit: int) -> tuple[int, Snapshot | None]:
         """The last position with a snapshot, and that; an encoder's, at the root, is not one."""
@@ -414,6 +429,14 @@ def _with_encoder(reuse: Reuse, tokens: int, known: bool) -> Reuse:
         divergence=0 if not known else _shifted(reuse.divergence, tokens),
         reason=reuse.reason if known else "this encoder input is not stored",
     )
+
+
+def _around(tokens: list[int], lease: Lease, limit: int) -> Around:
+    at = lease.tokens
+    before = tokens[max(0, at - _CONTEXT) : at]
+    if at >= limit:
+        return Around(before, [], [])
+    return Around(before, tokens[at : at + _CONTEXT], lease.behind(_CONTEXT))
 
 
 def _runs(pieces: tuple[Piece, ...]) -> list[PoolRun]:

@@ -37,6 +37,35 @@ class Reuse:
 
 
 @dataclass(frozen=True)
+class Divergence:
+    """Where one prompt left what is stored, in text; without a tokenizer in ids.
+
+    Attributes:
+        reuse: what was found until there.
+        before: the tokens that matched last; stored: what would have matched next, empty if nothing is
+            stored there; prompt: what the prompt has instead.
+    """
+
+    reuse: Reuse
+    before: str
+    stored: str
+    prompt: str
+
+    def __str__(self) -> str:
+        if self.reuse.divergence is None:
+            return f"all {self.reuse.prompt_tokens:,} tokens were known but the last one"
+        where = f"token {self.reuse.divergence + 1:,} of {self.reuse.prompt_tokens:,}"
+        lines = [f"{where}: {self.reuse.reason}", f"  before:  {self.before!r}"]
+        if self.stored:
+            lines.append(f"  stored:  {self.stored!r}")
+        return "\n".join([*lines, f"  prompt:  {self.prompt!r}"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class Stats:
     """Sums since wrap(); token-weighted unless a name says otherwise.
 
@@ -57,6 +86,8 @@ class Stats:
             flow, which are apart from those of chunks.
         stores: values that moved between the device and colder tiers, and calls of each kind of store;
             empty without any.
+        tenant: whose prompts these are; tiers: reused tokens by where they lay.
+        token_seconds: that computing a token takes, by what requests took (see `pace.Pace`).
         exactness: "bit-exact rows", "bit-exact at borders" or "within tolerance".
         kernel: what computes attention.
     """
@@ -94,6 +125,14 @@ class Stats:
     evicted_snapshots: int = 0
     refused_snapshots: int = 0
     stores: dict[str, Any] = field(default_factory=dict)
+    tenant: str = ""
+    tiers: dict[str, int] = field(default_factory=dict)
+    token_seconds: float | None = None
+
+    @property
+    def saved_seconds(self) -> float | None:
+        """What computing the reused tokens would have taken; None before any token was computed."""
+        return None if self.token_seconds is None else self.cached_tokens * self.token_seconds
 
     @property
     def hit_rate(self) -> float:
@@ -101,8 +140,9 @@ class Stats:
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields and the hit rate, for JSON."""
-        return asdict(self) | {"hit_rate": self.hit_rate}
+        """All fields, the hit rate and the seconds saved, for JSON."""
+        more = {"hit_rate": self.hit_rate, "saved_seconds": self.saved_seconds}
+        return asdict(self) | more
 
     def _repr_html_(self) -> str:
         rows = "".join(
@@ -131,8 +171,10 @@ class TreeRow:
         depth: 0 for prefixes that begin a prompt.
         start, tokens: position of the first token, and how many the node holds.
         hits: prompts that reused the node; idle: seconds since the last use.
-        text: the beginning of the node, decoded; empty without a tokenizer.
+        text: the beginning of the node, decoded; empty without a tokenizer. Siblings begin alike up to
+            somewhere inside a chunk; most of what is alike is left out: `skipped` tokens.
         snapshots, snapshot_bytes: states that lie in it.
+        hit_tokens: tokens of the node that prompts reused, summed over the prompts.
     """
 
     depth: int
@@ -148,10 +190,21 @@ class TreeRow:
     text: str
     snapshots: int = 0
     snapshot_bytes: int = 0
+    skipped: int = 0
+    hit_tokens: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""
         return asdict(self)
+
+
+class TreeRows(list[TreeRow]):
+    """A list of rows, depth first; a notebook shows it as a picture with a table under it."""
+
+    def _repr_html_(self) -> str:
+        from chunkcache.lab.views.icicle import notebook  # only notebooks need it
+
+        return notebook([row.to_dict() for row in self])
 
 
 TIERS = {

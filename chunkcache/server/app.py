@@ -111,6 +111,7 @@ class _Server:
             Route("/detokenize", self.detokenize, methods=["POST"]),
             Route("/stats", self.stats),
             Route("/tree", self.tree),
+            Route("/history", self.history),
             Route("/metrics", self.metrics),
             Route("/reset_prefix_cache", self.reset, methods=["POST"]),
         ]
@@ -188,6 +189,10 @@ class _Server:
     async def tree(self, request: Request) -> Response:
         rows = await run_in_threadpool(self._cached.tree_rows)
         return JSONResponse([row.to_dict() for row in rows])
+
+    async def history(self, request: Request) -> Response:
+        trace = await run_in_threadpool(self._cached.history)
+        return Response(trace, media_type="application/jsonl")
 
     async def metrics(self, request: Request) -> Response:
         page = await run_in_threadpool(self._metrics.page)

@@ -58,6 +58,14 @@ class Lease:
         """
         return self._held()._pieces(self)
 
+    def behind(self, count: int) -> list[int]:
+        """At most `count` tokens that are stored behind the match; of several ways on, the newest.
+
+        Where a prompt left what is stored, they are what would have matched. O(count). Raises
+        ReleasedLeaseError after `release`.
+        """
+        return self._held()._behind(self, count)
+
     def snapshot(self, limit: int | None = None) -> Resume | None:
         """The deepest snapshot at or before `limit`, within the matched tokens; None: no such one.
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from chunkcache.errors import RunLengthError
-from chunkcache.tree.keys import TOKEN_BYTES, common_prefix, pack
+from chunkcache.tree.keys import TOKEN_BYTES, common_prefix, pack, unpack
 from chunkcache.tree.lease import Growing, Lease
 from chunkcache.tree.lifetimes import Lifetimes, seconds_of
 from chunkcache.tree.node import Inserted, Match, Miss, Node, Piece, Run, climb, pieces_to
@@ -146,6 +146,16 @@ class PrefixTree(View):
     def _pieces(self, lease: Lease) -> tuple[Piece, ...]:
         with self._lock:
             return pieces_to(lease.node, lease.tokens)
+
+    def _behind(self, lease: Lease, count: int) -> list[int]:
+        with self._lock:
+            node, begin = lease.node, lease.tokens - lease.node.start
+            if begin == node.token_count:
+                node, begin = next(reversed(node.children.values()), node), 0
+            if node is lease.node and begin == 0:
+                return []
+            ids = unpack(node.data[begin * TOKEN_BYTES : (begin + count) * TOKEN_BYTES])
+        return [int(token) for token in ids]
 
     def _resume(self, lease: Lease, limit: int | None) -> Resume | None:
         end = lease.tokens if limit is None else min(limit, lease.tokens)

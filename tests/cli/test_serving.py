@@ -9,7 +9,7 @@ from pathlib import Path
 from chunkcache.cli.main import main
 from click.testing import CliRunner
 
-from chunkcache.lab.trace import Trace
+from chunkcache.lab.traces.trace import Trace
 from tests.cli.serving import KEY, SHOP, ask, cached_tokens, serving
 from tests.stores.servers import Server, wait_for
 
@@ -50,8 +50,14 @@ def assert_reported(url: str) -> None:
     assert stats["named"]["support-bot"] == {"requests": 2, "cached_tokens": sum(cached)}
     assert stats["stores"] == {}
     assert stats["hit_rate"] == stats["cached_tokens"] / stats["prompt_tokens"]
+    report = stats["report"]
+    assert (report["source"], report["requests"]) == ("recorded", 2)
+    assert report["cached_tokens"] == stats["cached_tokens"] and stats["saved_seconds"] > 0
+    assert report["prompts"]["support-bot"]["requests"] == 2
+    assert report["whole_tokens"] > report["unlimited_tokens"]  # it was preloaded
     text = run("report", url)
-    assert "support-bot" in text
+    assert "support-bot" in text and "Other sizes, by the last 2 prompts" in text
+    assert "knew prefixes before" in run("report", url, "--markdown")
     assert "\x1b" not in text  # no tty, no colours
     (row, *_) = json.loads(run("tree", url, "--json"))
     assert row["names"] == ["support-bot"]

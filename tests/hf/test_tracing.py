@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import chunkcache
 from chunkcache.demo import model_path
-from chunkcache.lab.dialogues import Asker, interleave, read_dialogues
-from chunkcache.lab.recorder import Recorder
-from chunkcache.lab.simulator import Simulator
-from chunkcache.lab.trace import Trace
+from chunkcache.lab.simulation.simulator import Simulator
+from chunkcache.lab.traces.dialogues import Asker, interleave, read_dialogues
+from chunkcache.lab.traces.recorder import Recorder
+from chunkcache.lab.traces.trace import Trace
 from chunkcache.tree import named_policy, unpack
 from tests.hf.test_zoo import ask, ids
 from tests.lab.traces import data
@@ -100,3 +100,53 @@ def test_a_trace_that_cannot_be_written_costs_no_request(tmp_path: Path, caplog)
     assert caplog.text.count("nothing is recorded any more") == 1
     with pytest.raises(chunkcache.TraceError):
         chunkcache.wrap(zoo_model("llama"), trace=tmp_path / "none" / "trace")
+
+
+def test_a_miss_is_explained_with_its_text() -> None:
+    """Where prompts part, with what was stored there."""
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    model = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32).eval()
+    first, second = (
+        tokenizer(f"{'You help people. ' * 5}Today is {day}. {'Be kind. ' * 40}")["input_ids"][:129]
+        for day in ("Monday", "Friday")
+    )
+    with chunkcache.wrap(model, tokenizer) as cached:
+        assert cached.explain() == []
+        for tokens in (first, second, second):
+            cached.generate(torch.tensor([tokens]), max_new_tokens=2, do_sample=False)
+            (found,) = cached.explain()
+            assert found.reuse == cached.last_reuse[0]
+            if tokens is first:
+                assert (found.before, found.stored) == ("", "")
+        assert found.prompt == found.stored == "" and "all" in str(found)
+        cached.flush()
+        for tokens in (first, second):
+            cached.generate(torch.tensor([tokens]), max_new_tokens=2, do_sample=False)
+        (found,) = cached.explain()
+    assert "Today is" in found.before
+    assert "day" in found.before + found.stored and found.stored != found.prompt
+    at = found.reuse.divergence
+    assert at is not None and first[:at] == second[:at] and first[at] != second[at]
+    assert tokenizer.decode(second[at : at + 12]) == found.prompt
+    assert tokenizer.decode(first[at : at + 12]) == found.stored
+    assert found.prompt in str(found) and f"{at + 1:,}" in str(found)
+
+
+def test_a_wrapper_reports_its_last_prompts() -> None:
+    model = zoo_model("llama")
+    config = chunkcache.Config(chunk_size=16, tenant="me", history_bytes="1MiB")
+    with chunkcache.wrap(model, config=config) as cached:
+        with pytest.raises(chunkcache.TraceError):
+            cached.report()
+        head = ids(random.Random(1), 64)
+        for number in range(4):
+            ask(cached, [[*head, number, 5], [*head, 7, number]])
+        report, stats = cached.report(price=1.0), cached.stats()
+    assert report.source == "recorded"
+    assert (report.requests, report.prompt_tokens) == (stats.requests, stats.prompt_tokens)
+    assert report.cached_tokens == stats.cached_tokens > 0
+    assert report.tiers == stats.tiers == {"device": stats.cached_tokens}
+    assert report.cache.capacity_tokens == stats.capacity_bytes // stats.token_bytes
+    assert report.token_seconds is not None and stats.saved_seconds is not None
+    assert report.money is not None and "<table>" in report._repr_html_()
+    assert stats.tenant == "me" and list(report.tenants) != ["me"]  # a hash of it

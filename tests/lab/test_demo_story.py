@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chunkcache.demo import model_path
 from chunkcache.lab.demo_story import NAME, Story, run_story
-from chunkcache.lab.render_demo import tell
+from chunkcache.lab.views.demo import tell
 
 
 @pytest.fixture(scope="module")

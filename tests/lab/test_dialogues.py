@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from chunkcache.demo import model_path
 from chunkcache.errors import TraceError
-from chunkcache.lab.dialogues import Asker, Turn, interleave, messages_of, read_dialogues
+from chunkcache.lab.traces.dialogues import Asker, Turn, interleave, messages_of, read_dialogues
 from tests.lab.traces import data
 
 CHAT = [

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from chunkcache.demo import model_path
 from chunkcache.errors import ConfigError
-from chunkcache.lab.lint import Finding, Linter, Sample, samples
+from chunkcache.lab.analysis.lint import Finding, Linter, Sample, samples
 from tests.lab.traces import data
 
 START = "{% for m in messages %}<|{{ m.role }}|>"

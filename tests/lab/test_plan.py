@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from chunkcache.lab import plan as plans
-from chunkcache.lab import render_plan
 from chunkcache.lab.plan import Piece, Plan, merge
+from chunkcache.lab.views import plan as view
 
 FULL = Piece("full", 3, "float16", row_bytes=100, kv_heads=2, head_width=8)
 SLIDING = Piece("sliding", 5, "float16", row_bytes=100, limit=7, kv_heads=2, head_width=8)
@@ -40,7 +40,7 @@ def make(*pieces: Piece, **fields: object) -> Plan:
 def shown(plan: Plan, width: int = 80, encoder: int = 0, name: str = "some/model") -> str:
     out = io.StringIO()
     sessions = plan.sessions(2**20, 20, 10, encoder)
-    report = render_plan.plan_report(name, plan, [10, 100_000], encoder, sessions)
+    report = view.plan_report(name, plan, [10, 100_000], encoder, sessions)
     Console(file=out, width=width).print(report)
     return out.getvalue()
 
@@ -191,10 +191,10 @@ def test_fits_a_terminal(width: int) -> None:
 
 
 def test_imports_no_torch() -> None:
-    code = "import sys, chunkcache.lab.render_plan; sys.exit('torch' in sys.modules)"
+    code = "import sys, chunkcache.lab.views.plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_doctests() -> None:
     assert doctest.testmod(plans).failed == 0
-    assert doctest.testmod(render_plan).failed == 0
+    assert doctest.testmod(view).failed == 0

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chunkcache.errors import InvalidTokensError, TraceError
-from chunkcache.lab.recorder import Recorder
-from chunkcache.lab.simulator import Simulator
-from chunkcache.lab.trace import Request, Trace
+from chunkcache.lab.simulation.simulator import Simulator
+from chunkcache.lab.traces.recorder import Recorder
+from chunkcache.lab.traces.trace import Request, Trace
 from chunkcache.tree import LRU, unpack
 
 IDS = st.lists(st.integers(0, 3), max_size=20)

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunkcache.lab.atoms import atomise
-from chunkcache.lab.belady import Future
-from chunkcache.lab.distance import Distances
-from chunkcache.lab.simulator import Simulator
-from chunkcache.lab.trace import Form, Request
+from chunkcache.lab.simulation.atoms import atomise
+from chunkcache.lab.simulation.belady import Future
+from chunkcache.lab.simulation.distance import Distances
+from chunkcache.lab.simulation.simulator import Simulator
+from chunkcache.lab.traces.trace import Form, Request
 from chunkcache.tree import LRU, POLICIES, named_policy, unpack
 from tests.lab.traces import BLOCKS, IDS, REQUESTS, mooncake, request
 from tests.tree.oracle import LeafLRU

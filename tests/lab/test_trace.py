@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chunkcache.errors import TraceError
-from chunkcache.lab.trace import TOKENS, BadLine, Trace
+from chunkcache.lab.traces.trace import TOKENS, BadLine, Trace
 from chunkcache.tree import unpack
 
 GOOD = {"timestamp": 1500, "input_length": 700, "output_length": 9, "hash_ids": [3, 2**64 - 1]}
@@ -33,11 +33,17 @@ def test_blocks(tmp_path: Path) -> None:
 
 
 def test_tokens(tmp_path: Path) -> None:
-    line = {"tokens": [1, 2, 3], "answer": [4], "tenant": "a", "prompt": "bot", "reuse": {"x": 1}}
+    line = {
+        "tokens": [1, 2, 3],
+        "answer": [4],
+        "tenant": "a",
+        "prompt": "bot",
+        "reuse": {"cached_tokens": 1},
+    }
     (found,) = Trace(write(tmp_path / "t", {"chunkcache_trace": 1}, line))
     assert (found.tokens, found.time, found.tenant, found.prompt) == (3, 0.0, "a", "bot")
     assert unpack(found.keys).tolist() == [1, 2, 3] and unpack(found.answer).tolist() == [4]
-    assert found.reuse == {"x": 1}
+    assert found.reuse == {"cached_tokens": 1}
     assert Trace(tmp_path / "t").form is TOKENS
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 
-from chunkcache.lab.trace import Form, Request, Trace
+from chunkcache.lab.traces.trace import Form, Request, Trace
 from chunkcache.tree import Packed, pack
 
 HERE = Path(__file__).resolve().parents[2]

@@ -324,3 +324,29 @@ def test_check_sees_harm(harm) -> None:
         setattr(node, harm, b"1234" * 8 if harm == "data" else 7)
     with pytest.raises(AssertionError, match="tree:"):
         world.tree.check()
+
+
+# -- what is stored behind a match
+
+
+def test_behind_a_match_lies_what_would_have_matched(world: World) -> None:
+    world.insert(PROMPT[:8])
+    world.insert((*PROMPT[:4], 1, 2, 3, 4))
+    for asked, wanted in [
+        (PROMPT[:3], PROMPT[3:5]),  # in a chunk, of which the rest and no more is read
+        ((*PROMPT[:4], 9), (1, 2)),  # where ways part: the newest
+        ((*PROMPT[:6], 9), PROMPT[6:8]),
+        (PROMPT[:8], ()),
+        ((9, 9), (PROMPT[0], PROMPT[1])),  # nothing matched
+    ]:
+        with world.tree.lease(asked) as lease:
+            found = lease.behind(2)
+            assert tuple(found) == wanted[: len(found)]
+            assert bool(found) == bool(wanted)
+    with pytest.raises(ReleasedLeaseError):
+        lease.behind(2)
+
+
+def test_nothing_lies_behind_in_an_empty_tree(world: World) -> None:
+    with world.tree.lease(PROMPT) as lease:
+        assert lease.behind(5) == []

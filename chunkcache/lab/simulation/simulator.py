@@ -7,13 +7,14 @@ calls come with computing in between. Room is made the same way too.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import RLock
 from typing import Literal
 
-from chunkcache.lab.trace import Form, Request
-from chunkcache.tree import LeafOrder, Packed, Policy, PrefixTree, Run
+from chunkcache.lab.traces.trace import Form, Request
+from chunkcache.tree import LeafOrder, Node, Packed, Policy, PrefixTree, Run
 
+DEVICE = "device"  # the tier that every cache has
 _TREES = 1024  # of tenants, before those that are empty are dropped
 
 
@@ -39,16 +40,28 @@ class Outcome:
 
     Attributes:
         prompt_tokens, hit_tokens: over all prompts.
+        colder: of the hit tokens those that came from tiers behind the device, by name.
     """
 
     requests: int = 0
     prompt_tokens: int = 0
     hit_tokens: int = 0
+    colder: dict[str, int] = field(default_factory=dict)
 
     @property
     def hit_rate(self) -> float:
         """Hit tokens / prompt tokens; 0 without any."""
         return self.hit_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    @property
+    def computed(self) -> int:
+        """Prompt tokens that were no hits."""
+        return self.prompt_tokens - self.hit_tokens
+
+    @property
+    def tiers(self) -> dict[str, int]:
+        """Hit tokens by tier, the device's first."""
+        return {DEVICE: self.hit_tokens - sum(self.colder.values())} | self.colder
 
     def add(self, request: Request, hit: int) -> None:
         """Counts one request."""
@@ -94,13 +107,13 @@ class Simulator:
 
     def request(self, request: Request) -> int:
         """Tokens that a request reuses; it is stored then. O(keys), and O(log nodes) for each node."""
-        self.now = max(self.now, request.time)
+        self.advance(request.time)
         tree = self._tree(request.tenant)
         with tree.lease(request.keys, self.form.limit(request)) as lease:
             hit = self._tokens(lease.tokens, request)
             tree.insert(request.keys, self._make_run)
             if request.answer:
-                tree.insert(Packed(request.keys + request.answer), self._make_run)
+                tree.insert(_whole(request), self._make_run)
         self.outcome.add(request, hit)
         return hit
 
@@ -110,13 +123,37 @@ class Simulator:
             self.request(request)
         return self.outcome
 
+    def advance(self, time: float) -> None:
+        """Moves the clock to a time in seconds, never back."""
+        self.now = max(self.now, time)
+
     def match(self, request: Request) -> int:
-        """Tokens that a request would reuse; changes nothing."""
+        """Tokens that a request would reuse; changes nothing. O(keys)."""
         tree = self._trees.get(request.tenant)
         if tree is None:
             return 0
         found = tree.match(request.keys, self.form.limit(request))
         return self._tokens(found.tokens, request)
+
+    def store(self, request: Request, words: int) -> None:
+        """Stores the whole chunks of so many of a request's words, its answer's among them.
+
+        A use of what is stored of it already, but no hit. O(keys), and O(log nodes) for each node.
+        """
+        tree = self._tree(request.tenant)
+        with tree.lease(_whole(request), count=False):  # what lies behind those words is used too
+            tree.insert(_whole(request), self._make_run, limit=words)
+
+    def reused(self, request: Request, times: int) -> int:
+        """Words of a request and its answer that are stored and were hits so often. O(keys)."""
+        tree = self._trees.get(request.tenant)
+        if tree is None:
+            return 0
+        found = tree.match(_whole(request))
+        node: Node | None = found.node
+        while node is not None and node.hits < times:
+            node = node.parent
+        return 0 if node is None else min(found.tokens, node.start + node.token_count)
 
     def _tokens(self, words: int, request: Request) -> int:
         tokens = words // self.form.words * self.form.block
@@ -159,3 +196,8 @@ class Simulator:
     def _freed(self, run: Run) -> None:
         self.chunks -= len(run)
         self.evicted += len(run)
+
+
+def _whole(request: Request) -> Packed:
+    """The keys of a prompt and its answer."""
+    return Packed(request.keys + request.answer) if request.answer else request.keys

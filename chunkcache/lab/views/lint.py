@@ -7,8 +7,8 @@ from itertools import groupby
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from chunkcache.lab.lint import Finding, Lint
-from chunkcache.lab.render import number
+from chunkcache.lab.analysis.lint import Finding, Lint
+from chunkcache.lab.views.words import number
 
 _WIDTH = 72  # of decoded text
 

@@ -6,7 +6,10 @@ from rich.console import Console
 from rich.text import Text
 
 from chunkcache.lab.demo_story import Story
-from chunkcache.lab.render import columns, duration, number, pairs, report, share, size, tree
+from chunkcache.lab.views.stats import report
+from chunkcache.lab.views.tables import columns, pairs
+from chunkcache.lab.views.tree import tree
+from chunkcache.lab.views.words import duration, number, share, size
 
 _SHOWN = 40
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from array import array
 from heapq import heappop, heappush
 
-from chunkcache.lab.atoms import Atoms
+from chunkcache.lab.simulation.atoms import Atoms
 
 
 class Future:

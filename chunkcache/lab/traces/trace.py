@@ -4,8 +4,9 @@ Files are of two kinds. *Blocks*: `hash_ids` name the blocks of a prompt, each i
 to there, as in the traces of Mooncake (FAST 2025, arXiv:2407.00079); nobody reads text out of them.
 *Tokens*: `tokens` and `answer` are the ids themselves. Both have `timestamp` (milliseconds),
 `input_length` and `output_length` (tokens), and may tell more of a request: `prompt` (a name), `tenant`,
-and `reuse`, what the cache did that recorded it. A first line with `chunkcache_trace` says how long
-blocks are; Mooncake's have no such line and 512 tokens.
+`reuse`, what the cache did that recorded it, and `seconds`, how long the prompt took. A first line with
+`chunkcache_trace` says how long blocks are; Mooncake's have no such line and 512 tokens. Lines with
+`cache` tell of the cache that recorded what follows.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from chunkcache.tree import TOKEN_BYTES, Packed, pack
 VERSION = 1
 MOONCAKE = 512  # tokens of a block
 HEAD = "chunkcache_trace"
+CACHE = "cache"
 _LARGEST = 2**64
 _NOTHING = Packed()
 
@@ -39,7 +41,7 @@ class Request:
         tokens: of the prompt; output: tokens generated.
         answer: keys that are stored behind those of the prompt once it was answered.
         prompt: the named prompt that it begins with; tenant: whose it is.
-        reuse: what the cache did that recorded it, if one did.
+        reuse: what the cache did that recorded it, if one did; seconds: that the prompt took then.
     """
 
     time: float
@@ -50,6 +52,7 @@ class Request:
     prompt: str = ""
     tenant: str = ""
     reuse: dict[str, Any] | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,9 @@ class Trace:
         block: tokens of a block, where the file does not say it.
         on_bad: hears of lines that are no requests, which are left out; without it they raise.
 
+    Attributes:
+        cache: of the last cache that was told of, as far as the file was read.
+
     Raises:
         TraceError: the file cannot be read or has no request; a line is no request.
     """
@@ -108,6 +114,7 @@ class Trace:
     on_bad: Callable[[BadLine], object] | None = None
     form: Form = field(init=False)
     head: dict[str, Any] = field(init=False)
+    cache: dict[str, Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.head, first = self._first()
@@ -126,7 +133,10 @@ class Trace:
                 fields = json.loads(line)
                 if not isinstance(fields, dict):
                     raise ValueError("not an object of JSON")
-                if number == 1 and HEAD in fields:
+                if HEAD in fields and fields == self.head:  # again, if two began the file at once
+                    continue
+                if isinstance(cache := fields.get(CACHE), dict):
+                    self.cache = cache
                     continue
                 yield read(fields, self.form)
             except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
@@ -146,7 +156,9 @@ class Trace:
                 head = fields
                 if head[HEAD] != VERSION:
                     raise TraceError(f"{self.path} is a trace of version {head[HEAD]!r}")
-            elif "tokens" in fields or "hash_ids" in fields:
+            elif isinstance(fields.get(CACHE), dict):
+                self.cache = fields[CACHE]
+            elif any(isinstance(fields.get(name), list) for name in ("tokens", "hash_ids")):
                 return head, fields
         raise TraceError(f"{self.path} has no request: lines of JSON with tokens or hash_ids")
 
@@ -195,8 +207,25 @@ def _request(fields: dict[str, Any], keys: Packed, tokens: int, answer: bytes) -
         Packed(answer),
         str(fields.get("prompt") or ""),
         str(fields.get("tenant") or ""),
-        fields.get("reuse"),
+        _reuse(fields.get("reuse")),
+        _seconds(fields.get("seconds")),
     )
+
+
+def _reuse(value: Any) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or type(value.get("cached_tokens")) is not int:
+        raise ValueError("reuse must tell cached_tokens")
+    return value
+
+
+def _seconds(value: Any) -> float | None:
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not 0 <= value < math.inf:
+        raise ValueError(f"seconds must be a time, not {value!r}")
+    return float(value)
 
 
 def _ids(values: Any) -> Packed:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from chunkcache.errors import TraceError
-from chunkcache.lab.trace import BadLine
+from chunkcache.lab.traces.trace import BadLine
 
 Message = dict[str, Any]
 _BEHIND = 8  # tokens of the prompt that an answer is cut behind

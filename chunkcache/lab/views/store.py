@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from chunkcache.lab.render import columns, duration, number, pairs, size
+from chunkcache.lab.views.tables import columns, pairs
+from chunkcache.lab.views.words import duration, number, size
 
 _DIGITS = 8  # the fewest of a name that are shown
 _SHOWN = 20  # damaged values

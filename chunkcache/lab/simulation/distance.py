@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from chunkcache.lab.atoms import Atoms
+from chunkcache.lab.simulation.atoms import Atoms
 
 _BITS = 9  # of the number of places in a bucket
 _ROOM = 4  # places for each atom

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from chunkcache.errors import ConfigError
-from chunkcache.lab.dialogues import answer_ids
+from chunkcache.lab.traces.dialogues import answer_ids
 
 Message = dict[str, Any]
 _CONTEXT = 12  # tokens on both sides of a divergence

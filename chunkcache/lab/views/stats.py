@@ -1,73 +1,19 @@
-"""Reports for people: hit rate, memory and the prefix tree, in a terminal or as plain text.
+"""The hit-rate report of a running cache, in a terminal.
 
-Everything takes the dictionaries of `Stats.to_dict()` and `TreeRow.to_dict()`, since they may come
-from a server. Prompts are shown as `rich.text.Text`, never parsed as markup.
+It takes the dictionary of `Stats.to_dict()`, since that may come from a server.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
-from rich.tree import Tree
 
-_PLAIN_WIDTH = 120
-_SNIPPET = 48
-
-
-def console() -> Console:
-    """Standard output: as wide as the terminal, or 120 columns of plain text in a pipe."""
-    found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=_PLAIN_WIDTH)
-
-
-def number(value: float) -> str:
-    """A count with thousands separators.
-
-    >>> number(1234567)
-    '1,234,567'
-    """
-    return f"{value:,.0f}"
-
-
-def size(value: float) -> str:
-    """Bytes in binary units.
-
-    >>> size(512), size(1536), size(3 * 2**20)
-    ('512 B', '1.5 KiB', '3.0 MiB')
-    """
-    if value < 1024:
-        return f"{value:.0f} B"
-    for unit in ("KiB", "MiB", "GiB"):
-        value /= 1024
-        if value < 1024:
-            return f"{value:,.1f} {unit}"
-    return f"{value / 1024:,.1f} TiB"
-
-
-def share(part: float, whole: float) -> str:
-    """A percentage; of nothing it is a dash.
-
-    >>> share(1, 3), share(0, 0)
-    ('33.3%', '-')
-    """
-    return f"{100 * part / whole:.1f}%" if whole else "-"
-
-
-def duration(seconds: float) -> str:
-    """A time span in the unit that fits it.
-
-    >>> duration(0.0123), duration(2.5), duration(90), duration(7200)
-    ('12.3 ms', '2.50 s', '1.5 min', '2.0 h')
-    """
-    if seconds < 1:
-        return f"{1000 * seconds:.1f} ms"
-    if seconds < 60:
-        return f"{seconds:.2f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+from chunkcache.lab.views.tables import columns, grid, pairs
+from chunkcache.lab.views.words import duration, number, share, size
 
 
 def report(stats: Mapping[str, Any]) -> RenderableType:
@@ -91,6 +37,7 @@ def _reuse(stats: Mapping[str, Any]) -> Table:
             "prompt tokens": number(prompt),
             "reused": number(cached),
             "computed": number(prompt - cached),
+            **_saved(stats),
             "generated tokens": number(stats["generated_tokens"]),
             "model": f"{stats['model']}, {stats['mode']} mode, {stats['exactness']}",
             "attention kernel": stats["kernel"],
@@ -98,8 +45,19 @@ def _reuse(stats: Mapping[str, Any]) -> Table:
     )
 
 
+def _saved(stats: Mapping[str, Any]) -> dict[str, str]:
+    """Where reused tokens lay, if not all were on the device; the time that they saved."""
+    found = {}
+    if set(tiers := stats.get("tiers") or {}) - {"device"}:
+        found["of which"] = ", ".join(f"{number(tokens)} {tier}" for tier, tokens in tiers.items())
+    if seconds := stats.get("saved_seconds"):
+        pace = duration(1000 * stats["token_seconds"])
+        found["time saved"] = f"{duration(seconds)}, at {pace} for 1,000 tokens"
+    return found
+
+
 def _misses(stats: Mapping[str, Any]) -> Table:
-    table = _table("Why tokens had to be computed", "reason", "tokens", "share of prompts")
+    table = grid("Why tokens had to be computed", "reason", "tokens", "share of prompts")
     ranked = sorted(stats["miss_tokens"].items(), key=lambda item: -item[1])
     for reason, tokens in ranked:
         table.add_row(Text(reason), number(tokens), share(tokens, stats["prompt_tokens"]))
@@ -107,7 +65,7 @@ def _misses(stats: Mapping[str, Any]) -> Table:
 
 
 def _named(stats: Mapping[str, Any]) -> Table:
-    table = _table("Named prompts", "name", "prompts", "tokens reused", "share of all reused")
+    table = grid("Named prompts", "name", "prompts", "tokens reused", "share of all reused")
     for name, counts in sorted(stats["named"].items()):
         cached = counts.get("cached_tokens", 0)
         requests = number(counts.get("requests", 0))
@@ -183,67 +141,3 @@ def break_even(tier: Mapping[str, Any], chunk_size: int) -> str:
         f"{number(chunk_size)} tokens are read in {duration(tier['call_seconds'] + read)} and computed "
         f"in {duration(computed)}: reading pays {_pays(tier, chunk_size)}"
     )
-
-
-def tree(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """The prefix tree of `TreeRow.to_dict()` rows, which come depth first."""
-    tokens, held = sum(row["tokens"] for row in rows), sum(row["bytes"] for row in rows)
-    noun = "prefix" if len(rows) == 1 else "prefixes"
-    head = f"{number(len(rows))} stored {noun}, {number(tokens)} tokens, {size(held)}"
-    root = Tree(Text(head, style="bold"))
-    branches = [root]
-    for row in rows:
-        del branches[row["depth"] + 1 :]
-        branches.append(branches[-1].add(_node(row)))
-    return root
-
-
-def _node(row: Mapping[str, Any]) -> Text:
-    label = Text()
-    if row["names"]:
-        label.append(", ".join(row["names"]) + " ", style="bold green")
-    label.append(_snippet(row["text"], row["start"]), style="cyan")
-    facts = [
-        f"{number(row['tokens'])} tokens",
-        size(row["bytes"]),
-        *([f"{number(row['snapshots'])} snapshots"] if row.get("snapshots") else []),
-        f"{number(row['hits'])} hits",
-        f"used {duration(row['idle'])} ago",
-        *(["pinned"] if row["pinned"] else []),
-        *([f"in use by {row['leases']}"] if row["leases"] else []),
-        row["tier"],
-    ]
-    return label.append("  " + ", ".join(facts), style="dim")
-
-
-def _snippet(text: str, start: int) -> str:
-    flat = " ".join(text.split())
-    if not flat:
-        return f"from token {number(start)}"
-    return f'"{flat[:_SNIPPET]}{"..." if len(flat) > _SNIPPET else ""}"'
-
-
-def pairs(title: str, values: Mapping[str, str]) -> Table:
-    """A title and lines of a name and a value."""
-    table = _table(title, "", "")
-    table.show_header = False
-    table.columns[1].justify = "left"
-    for name, value in values.items():
-        table.add_row(name, Text(value))
-    return table
-
-
-def _table(title: str, first: str, *numbers: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    table.add_column(first)
-    for name in numbers:
-        table.add_column(name, justify="right")
-    return table
-
-
-def columns(title: str, names: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table whose first column is text and whose others are aligned right."""
-    table = _table(title, names[0], *names[1:])
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table

@@ -11,8 +11,9 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from chunkcache.lab.trace import Form, Request
-from chunkcache.tree import TOKEN_BYTES, common_prefix
+from chunkcache.lab.simulation.trie import Node, insert
+from chunkcache.lab.traces.trace import Form, Request
+from chunkcache.tree import TOKEN_BYTES
 
 
 @dataclass
@@ -50,31 +51,22 @@ class Atoms:
         return min(min(chunks, self.limits[prompt]) * self.chunk, self.tokens[prompt])
 
 
-class _Node:
-    __slots__ = ("atom", "children", "data")
-
-    def __init__(self, data: bytes, children: dict[bytes, _Node]):
-        self.data = data
-        self.children = children
-        self.atom = -1
-
-
 def atomise(requests: Iterable[Request], form: Form, chunk: int) -> Atoms:
     """The atoms of a trace, which is kept in memory meanwhile. O(keys), and O(1) for each atom used."""
     size = chunk // form.block * form.width
-    roots: dict[str, _Node] = {}
-    prompts: list[tuple[_Node, bytes]] = []
+    roots: dict[str, Node] = {}
+    prompts: list[tuple[Node, bytes]] = []
     found = Atoms(chunk)
     for request in requests:
-        root = roots.setdefault(request.tenant, _Node(b"", {}))
+        root = roots.setdefault(request.tenant, Node())
         limit = form.limit(request) * TOKEN_BYTES // size
-        _insert(root, request.keys, size)
+        insert(root, request.keys, size)
         if limit < len(request.keys) // size:  # what lies behind can be stored, but is no hit
-            _insert(root, request.keys[: limit * size], size)
+            insert(root, request.keys[: limit * size], size)
         stored = bytes(request.keys)
         if request.answer:
             stored = request.keys + request.answer
-            _insert(root, stored, size)
+            insert(root, stored, size)
         prompts.append((root, stored))
         found.tokens.append(request.tokens)
         found.limits.append(limit)
@@ -83,35 +75,16 @@ def atomise(requests: Iterable[Request], form: Form, chunk: int) -> Atoms:
     return found
 
 
-def _insert(root: _Node, data: bytes, size: int) -> None:
-    node, at, end = root, 0, len(data) // size * size
-    while at < end:
-        key = data[at : at + size]
-        child = node.children.get(key)
-        if child is None:
-            node.children[key] = _Node(data[at:end], {})
-            return
-        length = len(child.data)
-        if at + length > end or not data.startswith(child.data, at):
-            words = common_prefix(
-                data, at // TOKEN_BYTES, child.data, 0, min(length, end - at) // TOKEN_BYTES
-            )
-            length = words * TOKEN_BYTES // size * size
-            below = _Node(child.data[length:], child.children)
-            child.data, child.children = child.data[:length], {below.data[:size]: below}
-        node, at = child, at + length
-
-
-def _visit(found: Atoms, root: _Node, data: bytes, size: int) -> None:
+def _visit(found: Atoms, root: Node, data: bytes, size: int) -> None:
     """Notes the path of a prompt; what is visited for the first time becomes an atom."""
     node, at, end = root, 0, len(data) // size * size
     visits = found.visits
     while at < end:
         node = node.children[data[at : at + size]]
-        if node.atom < 0:
-            node.atom = len(found.sizes)
+        if node.mark < 0:
+            node.mark = len(found.sizes)
             found.sizes.append(len(node.data) // size)
             found.depths.append(at // size)
-        visits.append(node.atom)
+        visits.append(node.mark)
         at += len(node.data)
     found.ends.append(len(visits))

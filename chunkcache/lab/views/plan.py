@@ -9,7 +9,8 @@ from rich.markup import escape
 from rich.text import Text
 
 from chunkcache.lab.plan import KINDS, Piece, Plan, Sessions
-from chunkcache.lab.render import columns, number, pairs, size
+from chunkcache.lab.views.tables import columns, pairs
+from chunkcache.lab.views.words import number, size
 
 _METHODS = {
     "observed": "observed on a run without weights",

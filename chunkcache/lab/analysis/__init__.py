@@ -1,0 +1,1 @@
+"""What was reused, why not more, and what would help."""

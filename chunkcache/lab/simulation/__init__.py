@@ -1,0 +1,1 @@
+"""What caches would hit: the live tree and policies, without tensors."""

@@ -1,0 +1,1 @@
+"""Requests as they came: read, recorded, and made of chat logs."""
