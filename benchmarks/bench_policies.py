@@ -26,6 +26,8 @@ from chunkcache.lab.simulation.sweep import BELADY, Case, Result, Sweep
 from chunkcache.lab.traces.dialogues import Asker, Turn, interleave, read_dialogues
 from chunkcache.lab.traces.recorder import Recorder
 from chunkcache.lab.traces.trace import Trace
+from chunkcache.lab.views.figures import of_results
+from chunkcache.lab.views.figures import save as save_figure
 from chunkcache.tree import POLICIES
 
 TOGETHER = 8  # dialogues
@@ -118,6 +120,14 @@ def _cell(one: Result, best: int) -> str:
     return f"**{text}**" if one.hit_tokens == best else text
 
 
+def draw(name: str, sweep: Sweep, results: list[Result], docs: Path) -> str:
+    """Writes a figure of a workload; returns the Markdown that shows it."""
+    path = Path("images", f"{name.lower().replace(' ', '-')}.svg")
+    (docs / path).parent.mkdir(exist_ok=True)
+    save_figure(of_results(results, sweep.footprint), docs / path)
+    return f"![Hit rates of {name} by capacity and policy]({path})"
+
+
 @click.command()
 @click.option("--data", type=click.Path(exists=True, path_type=Path), envvar="CHUNKCACHE_DATA")
 @click.option("--write", type=click.Path(path_type=Path), help="Document whose tables to replace.")
@@ -135,6 +145,8 @@ def main(data: Path | None, write: Path | None, seed: int) -> None:
             results = sweep.run(cases)
             tables.append(table(name, sweep, results))
             print(f"{tables[-1]}\n", flush=True)
+            if write is not None:
+                tables[-1] += f"\n\n{draw(name, sweep, results, write.parent)}"
             found[name] = {
                 "seconds": time.perf_counter() - begin,
                 "footprint": sweep.footprint,

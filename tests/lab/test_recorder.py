@@ -122,3 +122,21 @@ def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:
     recorder.close()
     with pytest.raises(TraceError, match="cannot be written"):
         recorder.write([1])
+
+
+def test_two_that_begin_a_trace_at_once_make_one(tmp_path: Path) -> None:
+    """Both saw an empty file, and both wrote its first line."""
+    path = tmp_path / "t"
+    with Recorder(path, block=2, salt=b"s") as recorder:
+        recorder.write([1, 2, 3, 4])
+    first, *rest = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([first, first, *rest]))
+    assert [one.tokens for one in Trace(path)] == [4]
+    with Recorder(path, block=2, salt=b"s") as recorder:
+        recorder.about(capacity_tokens=7)
+        recorder.write([1, 2, 3, 4, 5, 6])
+    trace = Trace(path)
+    assert [one.tokens for one in trace] == [4, 6]
+    assert trace.cache == {"capacity_tokens": 7}
+    requests = list(trace)
+    assert requests[0].keys[:] == requests[1].keys[: len(requests[0].keys)]

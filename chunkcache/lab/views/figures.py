@@ -26,7 +26,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 _DASHES = ("-", "--", "-.", ":")
 _SIZE = (6.4, 3.6)  # inches
-_SUFFIXES = (".svg", ".png", ".pdf")
+_DATES = {".svg": "Date", ".png": "", ".pdf": "CreationDate"}  # what each calls the day it was made
 _UNITS = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
 _Draw = Callable[["Axes", Report], None]
 
@@ -49,23 +49,31 @@ def save(figure: Figure, path: Path) -> None:
     Raises:
         ConfigError: another form, or a file that cannot be written.
     """
-    if path.suffix.lower() not in _SUFFIXES:
-        raise ConfigError(f"{path}: figures are {', '.join(_SUFFIXES)}")
+    kind = path.suffix.lower()
+    if kind not in _DATES:
+        raise ConfigError(f"{path}: figures are {', '.join(_DATES)}")
     try:
-        figure.savefig(path, transparent=True, dpi=150)
+        path.write_bytes(_drawn(figure, kind))
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def to_svg(figure: Figure) -> str:
-    """The picture as an element of a page. Text stays text."""
+    """The picture as an element of a page."""
+    text = _drawn(figure, ".svg").decode()
+    return text[text.index("<svg") :]
+
+
+def _drawn(figure: Figure, kind: str) -> bytes:
+    """The same bytes for the same figure. In SVG text stays text."""
     from matplotlib import rc_context
 
-    page = io.StringIO()
+    page = io.BytesIO()
+    date = _DATES[kind]
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "chunkcache"}):
-        figure.savefig(page, format="svg", transparent=True, metadata={"Date": None})
-    text = page.getvalue()
-    return text[text.index("<svg") :]
+        metadata = {date: None} if date else {}
+        figure.savefig(page, format=kind[1:], transparent=True, dpi=150, metadata=metadata)
+    return page.getvalue()
 
 
 def of_results(results: Sequence[Result], footprint: int | None = None) -> Figure:
