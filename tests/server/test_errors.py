@@ -155,7 +155,7 @@ def test_too_long_for_the_model(server: Running) -> None:
 def test_keys(server: Running) -> None:
     with running(server.cached, api_keys=["one", "two"]) as guarded:
         assert guarded.http.get("/health").json() == {"status": "ok"}
-        for path in ("/stats", "/tree", "/metrics", "/v1/models"):
+        for path in ("/stats", "/tree", "/history", "/metrics", "/v1/models"):
             answer = guarded.http.get(path)
             assert (answer.status_code, error_of(answer)["code"]) == (401, "invalid_api_key")
         for wrong in ("Bearer three", "Bearer", "Basic one", "one"):

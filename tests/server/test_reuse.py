@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from chunkcache.demo.facts import Shop
+from chunkcache.lab.traces.trace import Trace
 from tests.server.conftest import CHUNK, MODEL, Running, chat, ids_of
 
 
@@ -76,6 +80,24 @@ def test_the_tree_shows_what_is_stored(server: Running, shop: Shop) -> None:
     assert rows[0]["depth"] == 0
     assert shop.system_prompt[:20] in rows[0]["text"]
     assert sum(row["tokens"] for row in rows) == server.stats()["chunks"] * CHUNK
+
+
+def test_the_history_has_no_text(server: Running, shop: Shop, tmp_path: Path) -> None:
+    """Lines of a trace: what was asked last, as hashes."""
+    before = server.http.get("/history").text.splitlines()
+    question = shop.questions[1].question
+    answer = create(server, chat(shop, question))
+    found = server.http.get("/history")
+    assert found.headers["content-type"] == "application/jsonl"
+    assert len(found.text.splitlines()) == len(before) + 1
+    (tmp_path / "trace").write_text(found.text)
+    trace = Trace(tmp_path / "trace")
+    last = list(trace)[-1]
+    assert last.tokens == answer.usage.prompt_tokens
+    assert last.reuse is not None and last.reuse["cached_tokens"] == cached_tokens(answer)
+    assert (trace.form.block, trace.cache["chunk_size"]) == (CHUNK, CHUNK)
+    assert "tokens" not in json.loads(found.text.splitlines()[-1])
+    assert question.split()[-1] not in found.text
 
 
 def test_metrics_count_tokens(server: Running, shop: Shop) -> None:
