@@ -22,7 +22,7 @@ from chunkcache.lab.traces.trace import TOKENS, Request, Trace
 from chunkcache.tree import TOKEN_BYTES, Miss, named_policy, unpack
 
 _KEY = 16  # tokens behind a hole by which it is known again
-_SIBLINGS = 8  # other prompts that one is compared with
+_COMPARED = 4  # prompts of each kind that one is compared with
 _EXAMPLES = 3
 _SAME = 16  # characters behind two places that are one
 _CONTEXT = 12  # tokens on both sides
@@ -245,7 +245,7 @@ class Explainer:
         if self._form is not TOKENS:
             return best
         end = request.tokens - 1
-        alike = windows.find(request.keys, known, end, _SIBLINGS)
+        alike = windows.find(request.keys, known, end, _COMPARED)
         most = 0
         for other in dict.fromkeys([*siblings, *alike]):
             found = self._inside(request.keys, holes(request.keys, self._stored[other], end))
@@ -367,5 +367,5 @@ def _same(after: str, other: str) -> bool:
 def _others(nodes: Sequence[Node]) -> list[int]:
     """Prompts that ran through the last node of a path, and went on from there in the last ways."""
     last = nodes[-1]
-    newest: Iterable[Node] = islice(reversed(last.children.values()), _SIBLINGS)
+    newest: Iterable[Node] = islice(reversed(last.children.values()), _COMPARED)
     return list(dict.fromkeys([last.mark, *(child.mark for child in newest)]))
