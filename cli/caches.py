@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,12 +11,11 @@ import click
 from .sizes import read_size
 
 if TYPE_CHECKING:
-    from chunkcache.lab.analysis.report import Cache
-    from chunkcache.lab.traces.trace import Trace
+    from chunkcache.lab.analysis.told import Cache
 
 _OPTIONS = (
     click.option("--capacity", help="Simulate a cache of so many tokens: 512k, 5M, or unlimited."),
-    click.option("--policy", help="Simulate a policy of `chunkcache simulate`."),
+    click.option("--policy", help="Simulate a policy of `chunkcache simulate`, other than belady."),
     click.option(
         "--token-bytes",
         type=click.IntRange(1),
@@ -31,8 +31,8 @@ def cache_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def asked_cache(trace: Trace, block_size: int | None, options: dict[str, Any]) -> Cache | None:
-    """The cache to simulate, if one is asked for; what is not said of it is as in the trace.
+def asked_cache(options: dict[str, Any]) -> Callable[[Cache], Cache] | None:
+    """What makes the cache to simulate of the one that a trace tells of; None if none is asked for.
 
     Raises:
         click.BadParameter, click.UsageError: no size.
@@ -40,12 +40,9 @@ def asked_cache(trace: Trace, block_size: int | None, options: dict[str, Any]) -
     capacity, policy = options["capacity"], options["policy"]
     if capacity is None and policy is None:
         return None
-    from dataclasses import replace
-
-    from chunkcache.lab.analysis.report import told_cache
-
-    cache = told_cache(trace, block_size)
+    changes: dict[str, Any] = {}
     if capacity is not None:
-        size = read_size(capacity, options["token_bytes"], "--capacity")
-        cache = replace(cache, capacity_tokens=size)
-    return replace(cache, policy=policy or cache.policy)
+        changes["capacity_tokens"] = read_size(capacity, options["token_bytes"], "--capacity")
+    if policy is not None:
+        changes["policy"] = policy.lower()
+    return lambda told: replace(told, **changes)

@@ -10,10 +10,11 @@ import click
 
 from .caches import asked_cache, cache_options
 from .loading import load_tokenizer
-from .traces import opened, tell, trace_argument
+from .traces import opened, tell, trace_argument, working
 
 if TYPE_CHECKING:
-    from chunkcache.lab.analysis.explain import Explainer, Parting
+    from chunkcache.lab.analysis.causes import Parting
+    from chunkcache.lab.analysis.explain import Explainer
     from chunkcache.lab.traces.trace import Trace
     from chunkcache.lab.views.sections import Section
 
@@ -54,6 +55,8 @@ def command(
     found, as_dict = (
         _all(explainer, top) if request is None else _one(explainer, _parting(explainer, request))
     )
+    if tokenizer is None and explainer.of_tokens:
+        click.echo("Hint: with --tokenizer MODEL, what differs is shown in words", err=True)
     if as_json:
         click.echo(json.dumps({"trace": str(trace)} | as_dict | {"bad_lines": len(bad)}, indent=2))
         return
@@ -70,15 +73,13 @@ def _explainer(
     trace: Trace, tokenizer: str | None, block_size: int | None, options: dict[str, Any]
 ) -> Explainer:
     """Which has read everything."""
-    from rich.console import Console
-
     from chunkcache.lab.analysis.explain import Explainer
 
     decode = None
     if tokenizer is not None:
         decode = load_tokenizer(tokenizer).decode
-    with Console(stderr=True).status("looking at all prompts"):
-        explainer = Explainer(trace, asked_cache(trace, block_size, options), block_size, decode)
+    with working("looking at all prompts"):
+        explainer = Explainer(trace, asked_cache(options), block_size, decode)
         explainer.partings()
     return explainer
 
@@ -100,13 +101,9 @@ def _parting(explainer: Explainer, request: int) -> Parting:
 
 
 def _one(explainer: Explainer, parting: Parting) -> tuple[list[Section], dict[str, Any]]:
-    from dataclasses import asdict
-
+    from chunkcache.lab.analysis.causes import as_fields
     from chunkcache.lab.views.explain import of_one
 
     around = explainer.around(parting)
-    fields = asdict(parting) | {
-        "holes": [hole._asdict() for hole in parting.holes],
-        "context": around and dict(zip(("before", "known", "prompt"), around, strict=True)),
-    }
-    return of_one(parting, around, explainer.chunk), fields
+    context = around and dict(zip(("before", "known", "prompt"), around, strict=True))
+    return of_one(parting, around, explainer.chunk), as_fields(parting) | {"context": context}

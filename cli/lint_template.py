@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from .loading import load_tokenizer
+from .traces import Bad, tell
 
 
 @click.command(short_help="Tell where a chat template keeps prefixes from being reused.")
@@ -33,7 +34,7 @@ def command(
     could be checked.
     """
     from chunkcache.lab.analysis.lint import Linter, Sample, samples
-    from chunkcache.lab.traces.dialogues import read_dialogues
+    from chunkcache.lab.traces.dialogues import numbered_dialogues
 
     file = Path(template)
     try:
@@ -43,11 +44,15 @@ def command(
     loaded = load_tokenizer((tokenizer or "demo") if given is not None else template)
     if given is None and not loaded.chat_template:
         raise click.ClickException(f"{template} has no chat template")
+    bad = Bad()
     dialogues = (
         samples()
         if log is None
-        else [Sample(f"dialogue {n}", one) for n, one in enumerate(read_dialogues(log), 1)]
+        else [
+            Sample(f"dialogue {n}", one, one.tools) for n, one in numbered_dialogues(log, bad.add)
+        ]
     )
+    tell(bad)
     found = Linter(loaded, given).lint(dialogues)
     if as_json:
         click.echo(json.dumps({"template": template} | found.to_dict(), indent=2))

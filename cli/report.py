@@ -14,7 +14,7 @@ import click
 from .caches import asked_cache, cache_options
 from .client import fetch, read, server_options
 from .loading import load_tokenizer
-from .traces import FILE, opened, tell, trace_options
+from .traces import FILE, opened, tell, trace_options, working
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -54,8 +54,9 @@ def command(
 ) -> None:
     """Show what was reused, why not more, and what another size of the cache would do.
 
-    Of a running server, or with --trace of requests that serve --trace recorded, of a trace as Mooncake's, or
-    of a chat log with --tokenizer. The last requests of a server are looked at, and its memory.
+    Of a running server (its memory and its last requests), or with --trace of requests that serve --trace
+    recorded, of a trace as Mooncake's, or of a chat log with --tokenizer. Where no cache is told of, one
+    without limit is simulated; --capacity makes it yours.
     """
     if as_json and markdown:
         raise click.UsageError("--json and --markdown exclude each other")
@@ -96,8 +97,9 @@ def _explained(trace: Trace, options: dict[str, Any]) -> list[Section]:
     from chunkcache.lab.views.explain import sections
 
     decode = load_tokenizer(options["tokenizer"]).decode
-    cache = asked_cache(trace, options["block_size"], options)
-    return sections(Explainer(trace, cache, options["block_size"], decode).explain())
+    cache = asked_cache(options)
+    found = Explainer(trace, cache, options["block_size"], decode).explain()
+    return sections(found, reported=True)
 
 
 def _of_server(url: str, api_key: str | None, model: str, options: dict[str, Any]) -> Report | None:
@@ -119,15 +121,13 @@ def _history(url: str, api_key: str | None) -> Iterator[Path]:
 
 
 def _make(name: str, trace: Trace, options: dict[str, Any]) -> Report:
-    from rich.console import Console
+    from chunkcache.lab.analysis.making import make_report
 
-    from chunkcache.lab.analysis.report import make_report
-
-    with Console(stderr=True).status("looking at all requests"):
+    with working("looking at all requests"):
         return make_report(
             name,
             trace,
-            asked_cache(trace, options["block_size"], options),
+            asked_cache(options),
             options["block_size"],
             options["price"],
             options["cached_price"],

@@ -78,6 +78,19 @@ class Bad:
 
 
 @contextmanager
+def working(what: str) -> Iterator[None]:
+    """Shows that something takes a while, in a terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(what):
+        yield
+
+
+@contextmanager
 def opened(
     path: Path, tokenizer: str | None, interleave: int, block_size: int | None
 ) -> Iterator[tuple[Trace, Bad]]:
@@ -117,6 +130,10 @@ def _record(
     from chunkcache.lab.traces.recorder import Recorder
 
     asker = Asker(tokenizer)
+    if asker.plain:
+        click.echo(
+            "Warning: the tokenizer has no chat template; a plain one takes its place", err=True
+        )
     turns = interleave(asker.all_turns(numbered_dialogues(log, note), note), together)
     console = Console(stderr=True)
     shown = track(turns, "tokenizing", console=console, transient=True, total=None)

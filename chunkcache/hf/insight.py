@@ -7,12 +7,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from chunkcache.config import Config
+from chunkcache.errors import TraceError
 from chunkcache.hf.ledger import Ledger, tree_rows
 from chunkcache.hf.probe import Proof
 from chunkcache.hf.state import ModelState
 from chunkcache.hf.tracing import Tracing
 from chunkcache.kv.store import PrefixStore
-from chunkcache.lab.analysis.report import Report, make_report
+from chunkcache.lab.analysis.making import make_report
+from chunkcache.lab.analysis.report import Report
 from chunkcache.lab.records import Divergence, Reuse, Stats, TreeRows
 from chunkcache.lab.traces.trace import Trace
 
@@ -66,9 +68,12 @@ class Insight:
         Raises:
             TraceError: there was no prompt yet.
         """
+        history = self.history()
+        if b'"input_length"' not in history:
+            raise TraceError("there is nothing to report: no prompt has ended yet")
         with TemporaryDirectory() as folder:
             path = Path(folder, "history")
-            path.write_bytes(self.history())
+            path.write_bytes(history)
             name = str(self.model.config.model_type)
             return make_report(name, Trace(path), price=price, cached_price=cached_price)
 

@@ -143,9 +143,9 @@ class CachedModel(Insight):
                     **request.arguments,
                     **kwargs | {"use_cache": True},
                 )
-            seconds = (cache.first_token_at or perf_counter()) - begin
-            self._ledger.note(rows, seconds)
-            self._keep_answers(rows, cache, request.ends, serving.prefiller, seconds)
+            first_token = (cache.first_token_at or perf_counter()) - begin
+            self._ledger.note(rows, first_token - _waited(rows))
+            self._keep_answers(rows, cache, request.ends, serving.prefiller, first_token)
         if getattr(result, "past_key_values", None) is not None:
             result.past_key_values = None  # its chunks may be evicted from now on
         return result
@@ -247,7 +247,7 @@ class CachedModel(Insight):
         cache: Carried,
         ends: set[int],
         prefiller: Prefiller,
-        seconds: float,
+        first_token: float,
     ) -> None:
         """Counts what was generated and stores it, so that a next turn finds it."""
         keep = self.settings.keep_answers and prefiller.keeps_steps
@@ -268,7 +268,8 @@ class CachedModel(Insight):
             if keep:
                 prefiller.store_tokens(rows[0].space, cache, number, tokens[: prompt + count])
         if not self._encodes:  # an encoder's input is no prefix
-            self._tracing.note(rows, stored, counts, _shares(rows, seconds))
+            seconds = _shares(rows, first_token - _waited(rows))
+            self._tracing.note(rows, stored, counts, seconds, first_token)
 
     def _check_usable(self) -> None:
         if self._state.closed:
@@ -425,8 +426,13 @@ def _fill(prefiller: Prefiller, row: Row, until: int) -> None:
     prefiller.publish(row)
 
 
+def _waited(rows: list[Row]) -> float:
+    """Seconds that were spent waiting for others, who computed what these rows need too."""
+    return sum(row.waited for row in rows)
+
+
 def _shares(rows: list[Row], seconds: float) -> list[float]:
-    """What each row had of the time until the first token: as much as it computed."""
+    """What each row had of the time that was spent on computing: as much as it computed."""
     computed = [row.reuse.computed_tokens for row in rows]
     return [seconds * count / sum(computed) for count in computed]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from time import perf_counter
 from typing import Any, NamedTuple
 
 from chunkcache.config import Config
@@ -54,6 +55,7 @@ class Row:
         taken: snapshots to be stored, by position.
         runs: whether colder tiers know that it runs.
         around: where the prompt left what is stored.
+        waited: seconds for another row that computed the same.
     """
 
     space: Space
@@ -68,6 +70,7 @@ class Row:
     taken: dict[int, Snapshot] = field(default_factory=dict, repr=False)
     runs: bool = False
     around: Around = field(default=_NOWHERE, repr=False)
+    waited: float = 0.0
 
     @property
     def length(self) -> int:
@@ -133,10 +136,12 @@ class Prefiller:
         if why := self.unproved(tokens):
             return self._whole(space, tokens, encoding, why)
         limit = len(tokens) - 1 if limit is None else limit
-        flight = None
+        flight, waited = None, 0.0
         while flight is None:
             stored = self._found(space, tokens, limit)
+            begin = perf_counter()
             flight = self.flights.wait_or_start(space.name, tokens, stored)
+            waited += perf_counter() - begin
         try:
             colder = Loaded()
             if encoding is None:
@@ -144,6 +149,7 @@ class Prefiller:
                 fetched = self._fetched.pop((space.name, pack(tokens)), colder)
                 colder = colder if colder.tokens else fetched
             row = self._lease(space, tokens, limit, flight, encoding, colder)
+            row.waited = waited
         except BaseException:
             self.flights.land(flight)
             raise

@@ -58,12 +58,13 @@ class Tracing:
         answers: Sequence[Sequence[int]],
         counts: Sequence[int],
         seconds: Sequence[float],
+        first_token: float,
     ) -> None:
         """Adds prompts that were answered.
 
         Args:
             answers: what was stored behind each; counts: tokens generated for each.
-            seconds: that each took until its first token.
+            seconds: that computing each took; first_token: until all had their first tokens.
         """
         now = time()  # of the day: processes go on with each other's traces
         for row, answer, count, took in zip(rows, answers, counts, seconds, strict=True):
@@ -78,6 +79,7 @@ class Tracing:
                         tenant=self._tenant,
                         reuse=row.reuse.to_dict(),
                         seconds=took,
+                        first_token=first_token,
                     )
                 except TraceError as error:
                     self._logs = [one for one in self._logs if one is not log]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -102,3 +103,35 @@ def test_dialogues_in_turns() -> None:
     found = interleave([dialogue(0, 3), dialogue(1, 1), dialogue(2, 2)], together=2)
     assert [turn.prompt for turn in found] == [[0, 0], [1, 0], [0, 1], [2, 0], [0, 2], [2, 1]]
     assert list(interleave([], 3)) == []
+
+
+def test_tools_are_part_of_the_prompt() -> None:
+    """Where the template shows them, and where a plain one takes its place."""
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    entry = {"messages": [{"role": "user", "content": "Hi"}], "tools": [tool]}
+    assert messages_of(entry).tools == [tool] and messages_of(entry["messages"]).tools is None
+    tokenizer = AutoTokenizer.from_pretrained(data("tokenizers/gpt2"))
+    asker = Asker(tokenizer)
+    assert asker.plain
+    (turn,) = asker.turns(messages_of(entry))
+    assert "weather" in tokenizer.decode(turn.prompt)
+    (turn,) = asker.turns(messages_of(entry["messages"]))
+    assert "weather" not in tokenizer.decode(turn.prompt)
+
+
+def test_compressed_logs_are_read(tmp_path: Path) -> None:
+    text = (json.dumps(CHAT) + "\n").encode() * 2
+    path = tmp_path / "log.jsonl.gz"
+    path.write_bytes(gzip.compress(text))
+    assert list(read_dialogues(path)) == [CHAT, CHAT]
+    (tmp_path / "log.json.gz").write_bytes(gzip.compress(json.dumps([CHAT]).encode()))
+    assert list(read_dialogues(tmp_path / "log.json.gz")) == [CHAT]
+    path.write_bytes(gzip.compress(text)[:-12])
+    with pytest.raises(TraceError, match="cannot be read"):
+        list(read_dialogues(path))
+
+
+def test_bad_lines_say_where(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"messages": [}\n')
+    with pytest.raises(TraceError, match=r"line 1: no JSON: .*, column 15"):
+        list(read_dialogues(tmp_path / "log.jsonl"))

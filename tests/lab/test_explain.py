@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chunkcache.demo import model_path
-from chunkcache.lab.analysis.explain import MOVABLE, NEW, REUSED, REWRITTEN, Explainer
+from chunkcache.lab.analysis.causes import MOVABLE, NEW, REUSED, REWRITTEN
+from chunkcache.lab.analysis.explain import Explainer
 from chunkcache.lab.analysis.parting import holes
 from chunkcache.lab.analysis.places import differing
-from chunkcache.lab.analysis.report import Cache
+from chunkcache.lab.analysis.roles import Roles
+from chunkcache.lab.analysis.told import Cache
 from chunkcache.lab.simulation.simulator import Simulator
 from chunkcache.lab.traces.recorder import Recorder
 from chunkcache.lab.traces.trace import TOKENS, Trace
@@ -185,23 +188,30 @@ def test_what_left_is_told_from_what_is_new(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "part", "text", "kind"),
+    ("line", "part", "text", "kinds"),
     [
-        ("Today is 2026-11-21.", "21", "2026-11-21.", "date"),
-        ("Today is 21 November 2026", "21", "21", "date"),
-        ("It is Tuesday.", "Tues", "Tuesday.", "date"),
-        ("Now: 14:05:33 UTC", "05:3", "14:05:33", "time"),
-        ("id 3fa85f64-5717-4562-b3fc-2c963f66afa6 end", "5717", None, "identifier"),
-        ("Session sess_9f8e7d6c5b4a: go", "9f8e7d", None, "identifier"),
-        ("Mail anna@example.org now", "anna", "anna@example.org", "address"),
-        ("You have 4711 points", "71", "4711", "number"),
-        ("You talk to Anna today", "Anna", "Anna", "text"),
+        ("Today is 2026-11-21.", "21", "2026-11-21.", ("date",)),
+        ("Today is 21 November 2026", "21", "21", ("date",)),
+        ("Today is Nov. 21, 2026", "21", "21", ("date",)),
+        ("It is Tuesday.", "Tues", "Tuesday.", ("date",)),
+        ("今天是2026年11月21日", "21", None, ("date",)),
+        ("Now: 14:05:33 UTC", "05:3", "14:05:33", ("time",)),
+        ("Now: 9 pm", "9", "9", ("time",)),
+        ("Now: 2026-11-03T09:30:00Z", "09", "2026-11-03T09:30:00Z", ("time",)),
+        ("Now: 2026-11-03T09:30:00Z", "03T09", "2026-11-03T09:30:00Z", ("time", "date")),
+        ("id 3fa85f64-5717-4562-b3fc-2c963f66afa6 end", "5717", None, ("identifier",)),
+        ("Session sess_9f8e7d6c5b4a: go", "9f8e7d", None, ("identifier",)),
+        ("Mail anna@example.org now", "anna", "anna@example.org", ("address",)),
+        ("You have 4711 points", "71", "4711", ("number",)),
+        ("See decision 12", "12", "12", ("number",)),
+        ("Market 7 is open", "7", "7", ("number",)),
+        ("You talk to Anna today", "Anna", "Anna", ("text",)),
     ],
 )
-def test_kinds(line: str, part: str, text: str | None, kind: str) -> None:
+def test_kinds(line: str, part: str, text: str | None, kinds: tuple[str, ...]) -> None:
     ids = list(map(ord, line))
-    found = differing(ids, line.index(part), len(part), letters)
-    assert found.kind == kind
+    found = differing(ids, line.index(part), len(part), letters, Roles([]))
+    assert found.kinds == kinds
     assert text is None or found.text == text
     assert (found.before + found.text + found.after).replace(" ", "") in line.replace(" ", "")
 
@@ -213,14 +223,27 @@ def test_kinds(line: str, part: str, text: str | None, kind: str) -> None:
         ("<|start_header_id|>system<|end_header_id|>\n\nA\nB X", "line 2 of the system prompt"),
         ("<|system|>A\nB<|end|><|user|>Hello X", "line 1 of the user message"),
         ("<|im_start|>system\nA<|im_end|>\n<|im_start|>user\nB X", "line 1 of the user message"),
-        ("system\nA\n\nuser\nB\nC\nD X", "line 3 of the user message"),
+        ("<|im_start|>system\nA\nUser: B\nX", "line 3 of the system prompt"),
+        ("<|im_start|>system\n<context>\n<date>X", "line 2 of the system prompt"),
+        ("<|im_start|>system\n\n\nX", "line 3 of the system prompt"),
+        ("<bos><start_of_turn>user\nA<end_of_turn>\n<start_of_turn>model\nB\nX",
+         "line 2 of the assistant message"),
+        ("<s>[INST] <<SYS>>\nA\nX", "line 2 of the system prompt"),
+        ("<s>[INST] A [/INST] B X", "line 1 of the assistant message"),
+        ("<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>A\nX", "line 2 of the assistant message"),
+        ("<\uff5cUser\uff5c>A\nX", "line 2 of the user message"),
+        ("<|start|>system<|message|>A X", "line 1 of the system prompt"),
+        ("System: A\nUser: B\nC\nD X", "line 3 of the user message"),
         ("A\nB\nC X", "line 3 of the prompt"),
         ("The user is kind.\nX", "line 2 of the prompt"),
     ],
-)
+)  # fmt: skip
 def test_places(prompt: str, where: str) -> None:
     ids = list(map(ord, prompt))
-    assert differing(ids, len(ids) - 1, 1, letters).where == where
+    found = differing(ids, len(ids) - 1, 1, letters, Roles([prompt]))
+    assert found.where == where
+    role = Roles([prompt]).at(ids, len(ids) - 1, letters)
+    assert (role or "prompt") in found.where
 
 
 def test_one_prompt_is_shown_with_its_context(tmp_path: Path) -> None:
@@ -314,3 +337,127 @@ def test_real_dialogues_have_nothing_to_move(tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert found["tokens"].get(MOVABLE, 0) < 0.005 * found["prompt_tokens"]
     assert found["tokens"][REUSED] > 0.9 * found["prompt_tokens"]
+
+
+# -- what a review found
+
+
+def chats(turns: list[list[tuple[str, str]]]) -> list[tuple[list[int], list[int], str]]:
+    """Prompts of ChatML, in letters."""
+    texts = [
+        "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in one) for one in turns
+    ]
+    return [(list(map(ord, text)), [], "") for text in texts]
+
+
+def explained(folder: Path, turns, cache: Cache | None = None):
+    trace = record(folder / "t", turns)
+    return Explainer(trace, cache or Cache(None, "lru", 16), decode=letters).explain()
+
+
+def test_what_was_reused_cannot_be_gained_again(tmp_path: Path) -> None:
+    """A cache knew more than the trace shows: everything was preloaded."""
+    tail = list(range(1000, 1200))
+    with Recorder(tmp_path / "t") as recorder:
+        for day in range(4):
+            recorder.write([1, 2, day, *tail], reuse={"cached_tokens": 192, "reason": "never seen"})
+    found = Explainer(Trace(tmp_path / "t"), chunk=64).explain()
+    assert found.tokens == {REUSED: 4 * 192, NEW: 4 * 11}
+
+
+def test_what_is_said_the_same_again_is_no_template(tmp_path: Path) -> None:
+    """Sampled answers, after which all users ask the same."""
+    rules, asked = (
+        "Be kind. " * 20,
+        "And what else do you know about bicycles and their tubes? " * 4,
+    )
+    turns = [
+        [("system", rules), ("user", "Hi"), ("assistant", f"I am number {n}."), ("user", asked)]
+        for n in range(8)
+    ]
+    found = explained(tmp_path, chats(turns))
+    assert MOVABLE not in found.tokens and found.groups == []
+    turns = [[("system", f"Number {n}. {rules}"), ("user", asked)] for n in range(8)]
+    assert explained(tmp_path, chats(turns)).groups
+
+
+def test_the_longest_prefix_and_the_most_alike_may_be_two(tmp_path: Path) -> None:
+    head, text = [7000 + n for n in range(60)], [8000 + n for n in range(200)]
+    first, second = [*head, *range(9000, 9100)], [5, 6, *text]
+    trace = record(tmp_path / "t", [(one, [], "") for one in (first, second, [*head, *text])])
+    parting = Explainer(trace, Cache(None, "lru", 10)).partings()[2]
+    assert (parting.known, parting.other, parting.like) == (60, 1, 2)
+
+
+def test_later_places_are_not_promised_alone(tmp_path: Path) -> None:
+    """Two things that differ: moving the second alone brings nothing."""
+    texts = [
+        f"Day {n}. {'A' * 40}{'Be kind. ' * 9} You are {n * 7}. {'Ask me. ' * 40}" for n in range(9)
+    ]
+    found = explained(tmp_path, [(list(map(ord, text)), [], "") for text in texts])
+    (first, second) = sorted(found.groups, key=lambda group: -group.alone)
+    assert first.alone == first.tokens > 0 and second.alone == 0 < second.tokens
+    lines = [line for (line,) in sections(found)[-1].rows]
+    assert lines[0].startswith("Move") and lines[1].startswith("Then move"), lines
+
+
+def test_promises_name_the_room_they_need(tmp_path: Path) -> None:
+    turns = [([n, *range(100 * n, 100 * n + 90)], [], "") for n in range(5)] * 2
+    turns = [([m, *tokens], [], "") for m, (tokens, _, _) in enumerate(turns)]
+    found = explained(tmp_path, turns, Cache(64, "lru", 16))
+    assert any("room for 64 tokens" in line for (line,) in sections(found)[-1].rows)
+    found = explained(tmp_path, turns, Cache(None, "lru", 16))
+    assert not any("room" in line for (line,) in sections(found)[-1].rows)
+
+
+def test_prompts_cannot_act_on_a_terminal(tmp_path: Path) -> None:
+    nasty = "\x1b]0;pwn\x07\x1b[2J\u202e"
+    texts = [f"You are {nasty}{n}{nasty}. {'Be kind. ' * 20}" for n in range(5)]
+    found = explained(tmp_path, [(list(map(ord, text)), [], "") for text in texts])
+    cells = [cell for section in sections(found) for row in section.rows for cell in row]
+    assert any("You are" in cell for cell in cells)
+    assert not any(mark in cell for cell in cells for mark in "\x1b\x07\u202e")
+
+
+def test_text_that_repeats_itself_is_looked_at_quickly(tmp_path: Path) -> None:
+    """Tables and rules: one token again and again, so that every window is everywhere."""
+    one = [[9] * 20 + [n + m] for n in range(60) for m in (1000,)]
+    prompts = [
+        [5, shift, *(token + shift % 3 for row in one for token in row)] for shift in range(20)
+    ]
+    trace = record(tmp_path / "t", [(tokens, [], "") for tokens in prompts])
+    found = Explainer(trace, Cache(None, "lru", 16)).explain()
+    assert sum(found.tokens.values()) == found.prompt_tokens
+    assert found.tokens[MOVABLE] > 0
+
+
+def test_hashes_do_not_say_that_nothing_could_be_moved(tmp_path: Path) -> None:
+    turns = [([1, 2, 3, 4, n, *range(10, 80)], [], "") for n in range(5)]
+    found = Explainer(record(tmp_path / "t", turns, block=2)).explain()
+    told = " ".join(line for (line,) in sections(found)[-1].rows)
+    assert "cannot be seen in hashes" in told and "Nothing recurs" not in told
+    assert [(one.known, one.requests) for one in found.branches] == [(4, 4)]
+
+
+def test_long_text_is_no_number() -> None:
+    line = "Source [3]: the shop in Lyon opens at nine on most days, says the manual"
+    ids = list(map(ord, line))
+    assert differing(ids, 7, 40, letters, Roles([])).kinds == ("text",)
+    assert differing(ids, 8, 1, letters, Roles([])).kinds == ("number",)
+
+
+def test_a_tokenizer_without_a_template_is_told(log: Path) -> None:
+    done = run(log, "--tokenizer", data("tokenizers/gpt2"))
+    assert done.exit_code == 0 and "no chat template" in done.stderr
+    assert "no chat template" not in run(log, "--tokenizer", "demo").stderr
+
+
+def test_what_stands_in_front_can_be_text(tmp_path: Path) -> None:
+    """Documents before instructions: these are to be put first."""
+    rules = "Answer in one sentence, from the documents only, and name your source. " * 6
+    choice = random.Random(0)
+    documents = ["".join(choice.choices("abcdefghij ", k=200)) for _ in range(9)]
+    turns = [[("user", f"{document}\n{rules}")] for document in documents]
+    found = explained(tmp_path, chats(turns))
+    told = " ".join(line for (line,) in sections(found)[-1].rows)
+    assert 'Put "Answer in one sentence' in told and "line 1 of the user message" in told

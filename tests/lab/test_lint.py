@@ -145,3 +145,7 @@ def test_the_command(tmp_path: Path) -> None:
     text = run(bad, "--log", log)
     assert text.exit_code == 1 and "spaces around the answer are left out" in text.stdout
     assert run(tmp_path / "none").exit_code == 1
+    lines = log.with_suffix(".jsonl")
+    lines.write_text(f"{json.dumps(chat)}\nnothing\n")
+    told = run(bad, "--log", lines)
+    assert "line 2 is left out" in told.stderr and "spaces around" in told.stdout

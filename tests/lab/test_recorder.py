@@ -23,7 +23,7 @@ def record(path: Path, turns: list[tuple[list[int], list[int]]], **how) -> list[
     path.unlink(missing_ok=True)
     with Recorder(path, **how) as recorder:
         for number, (tokens, answer) in enumerate(turns):
-            recorder.write(tokens, answer, time=number, tenant="me", reuse={"cached_tokens": 1})
+            recorder.write(tokens, answer, time=number, tenant="me", reuse={"cached_tokens": 0})
     return list(Trace(path))
 
 
@@ -34,7 +34,7 @@ def test_tokens_come_back(tmp_path_factory: pytest.TempPathFactory, turns) -> No
     ids = [(unpack(one.keys).tolist(), unpack(one.answer).tolist()) for one in found]
     assert ids == turns
     assert [one.time for one in found] == list(range(len(turns)))
-    assert all((one.tenant, one.reuse) == ("me", {"cached_tokens": 1}) for one in found)
+    assert all((one.tenant, one.reuse) == ("me", {"cached_tokens": 0}) for one in found)
     assert [one.output for one in found] == [len(answer) for _, answer in turns]
 
 

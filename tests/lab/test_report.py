@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chunkcache.errors import ConfigError, TraceError
+from chunkcache.lab.analysis.making import make_report
 from chunkcache.lab.analysis.pace import Pace
-from chunkcache.lab.analysis.report import Cache, Report, make_report
+from chunkcache.lab.analysis.report import Report
+from chunkcache.lab.analysis.told import Cache
 from chunkcache.lab.simulation.simulator import Simulator
 from chunkcache.lab.simulation.sweep import Result
 from chunkcache.lab.traces.recorder import History, Recorder
@@ -91,7 +93,10 @@ def test_other_sizes_are_what_a_simulation_says(
         assert one.hit_tokens == found.hit_tokens <= one.belady_tokens
     bounds = [one.belady_tokens for one in report.sizes]
     assert bounds == sorted(bounds)
-    assert [hit for _, hit in report.curve] == sorted(hit for _, hit in report.curve)
+    assert [one.hit_tokens for one in report.curve] == sorted(
+        one.hit_tokens for one in report.curve
+    )
+    assert all(one.hit_tokens <= one.belady_tokens for one in report.curve)
 
 
 def test_the_production_trace_has_the_published_figures() -> None:
@@ -124,7 +129,12 @@ def recorded(folder: Path, **more) -> Trace:
             last = 7 if time < 2 else 0
             reuse = {"cached_tokens": cached, "reason": reason, "tiers": tiers, "divergence": None}
             recorder.write(
-                [1, 2, 3, 4, 5, 6, last, 8], time=time, reuse=reuse, seconds=8.0 - cached, **more
+                [1, 2, 3, 4, 5, 6, last, 8],
+                time=time,
+                reuse=reuse,
+                seconds=8.0 - cached,
+                first_token=9.0 - cached,
+                **more,
             )
     return Trace(path)
 
@@ -139,7 +149,7 @@ def test_a_recorded_trace_tells_what_the_cache_did(tmp_path: Path) -> None:
     assert report.misses == {"never seen": 8 + 2 + 3, "evicted": 2}
     assert report.token_seconds == pytest.approx(1.0)
     assert report.saved_seconds == pytest.approx(9.0)
-    assert report.first_tokens == [(0, 8.0), (4, 4.0), (5, 3.0)]
+    assert report.first_tokens == [(0, 9.0), (4, 5.0), (5, 4.0)]
     assert report.seconds == 2
 
 
@@ -297,3 +307,111 @@ def test_advice_follows_from_the_figures(
 def test_bars() -> None:
     assert bar(1, 0) == "" and len(bar(5, 5)) == 24
     assert [len(bar(part, 100)) for part in (1, 50, 100)] == [1, 12, 24]
+
+
+# -- what a review found
+
+
+def test_lifetimes_are_those_of_a_clock_that_began_long_ago(tmp_path: Path) -> None:
+    """Recorded traces count seconds since 1970."""
+    with Recorder(tmp_path / "t") as recorder:
+        for number in range(6):
+            recorder.write([number] * 8, time=1.7e9 + number)
+    lives = make_report("a", Trace(tmp_path / "t"), Cache(16, "lru", 4)).lifetimes
+    assert lives is not None and lives.unit == "seconds"
+    assert lives.edges[-1] <= 8 and sum(lives.tokens) == 4 * 8
+
+
+def test_short_prompts_of_whole_blocks_are_new_not_too_short(tmp_path: Path) -> None:
+    line = {"input_length": 300, "output_length": 1, "hash_ids": [7]}
+    (tmp_path / "t").write_text(f"{json.dumps(line)}\n" * 3)
+    report = make_report("a", Trace(tmp_path / "t"))
+    assert (report.cached_tokens, report.misses) == (600, {"never seen": 300})
+
+
+def test_nothing_is_a_prompt_too(tmp_path: Path) -> None:
+    with Recorder(tmp_path / "t") as recorder:
+        for tokens in ([], [1], [], [1]):
+            recorder.write(tokens)
+    report = make_report("a", Trace(tmp_path / "t"), Cache(None, "lru", 1))
+    assert (report.unlimited_tokens, report.belady_tokens, report.cached_tokens) == (0, 0, 0)
+    assert report.prompt_tokens == sum(report.misses.values()) == 2
+
+
+def test_a_policy_that_forgets_does_so_without_limit(tmp_path: Path) -> None:
+    with Recorder(tmp_path / "t") as recorder:
+        for number in range(5):
+            recorder.write(list(range(9)), time=100 * number)
+    report = make_report("a", Trace(tmp_path / "t"), Cache(100, "ttl:10", 4))
+    assert [one.hit_tokens for one in report.sizes] == [0] * len(report.sizes)
+    assert report.unlimited_tokens == 4 * 8
+    assert report.misses == {"never seen": 13, "evicted or expired": 32}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("capacity", [0, None])
+def test_figures_of_caches_that_hold_nothing(tmp_path: Path, capacity: int | None) -> None:
+    with Recorder(tmp_path / "t") as recorder:
+        for number in range(3):
+            recorder.write([number] * 3)
+    report = make_report("a", Trace(tmp_path / "t"), Cache(capacity, "lru", 64))
+    assert to_svg(of_report(report)) and advice(report)
+
+
+def test_names_cannot_act_on_a_terminal_or_a_page(tmp_path: Path) -> None:
+    with Recorder(tmp_path / "t") as recorder:
+        for tenant in ("\x1b[2Ja", "b\ud800\u202e"):
+            recorder.write([1, 2, 3], prompt=tenant, tenant=tenant)
+    report = make_report("a\x1b", Trace(tmp_path / "t"))
+    markdown = to_markdown(report.name, sections(report))
+    for text in (to_page(report), str(sections(report))):
+        assert not any(mark in text for mark in "\x1b\ud800\u202e")
+    assert "\x1b" not in "".join(markdown.splitlines()[1:])
+    to_page(report).encode()
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"reuse": {"cached_tokens": 4}}, "cannot have been cached"),
+        ({"reuse": {"cached_tokens": -1}}, "cannot have been cached"),
+        ({"reuse": {"cached_tokens": 10**30}}, "cannot have been cached"),
+        ({"reuse": {"cached_tokens": 1, "tiers": {"disk": "many"}}}, "tiers"),
+        ({"reuse": {"cached_tokens": 1, "tiers": ["disk"]}}, "tiers"),
+        ({"reuse": {"cached_tokens": 1.0}}, "cached_tokens"),
+        ({"reuse": 3}, "cached_tokens"),
+        ({"seconds": 1e308}, "seconds"),
+        ({"seconds": -1}, "seconds"),
+        ({"first_token": "soon"}, "first_token"),
+    ],
+)
+def test_records_that_cannot_be_are_told(tmp_path: Path, fields, why: str) -> None:
+    (tmp_path / "t").write_text(json.dumps({"tokens": [1, 2, 3]} | fields) + "\n")
+    with pytest.raises(TraceError, match=why):
+        list(Trace(tmp_path / "t"))
+
+
+def test_caches_that_cannot_be_are_not_believed(tmp_path: Path) -> None:
+    with Recorder(tmp_path / "t") as recorder:
+        recorder.about(capacity_tokens=-5, chunk_size=10**30, policy=None, model=7)
+        recorder.write([1, 2, 3], reuse={"cached_tokens": 0})
+    assert make_report("a", Trace(tmp_path / "t")).cache == Cache(None, "lru", 64, "7")
+
+
+def test_requests_with_a_cache_of_their_own_are_requests(tmp_path: Path) -> None:
+    line = {"input_length": 512, "output_length": 1, "hash_ids": [7], "cache": {"hit": 1}}
+    (tmp_path / "t").write_text(f"{json.dumps(line)}\n" * 3)
+    assert len(list(Trace(tmp_path / "t"))) == 3
+    (tmp_path / "log").write_text(json.dumps({"messages": [], "tokens": [1, 2]}) + "\n")
+    with pytest.raises(TraceError, match="no request"):
+        Trace(tmp_path / "log")
+
+
+def test_a_file_of_hashes_tells_no_finer_place_than_a_block(tmp_path: Path) -> None:
+    reuse = {"cached_tokens": 13, "divergence": 13, "tiers": {"device": 9, "disk": 4}, "reason": ""}
+    with Recorder(tmp_path / "t", block=4) as recorder:
+        recorder.write(list(range(20)), reuse=reuse)
+    (one,) = Trace(tmp_path / "t")
+    assert one.reuse == reuse | {
+        "cached_tokens": 12, "divergence": 12, "tiers": {"device": 9, "disk": 3},
+    }  # fmt: skip

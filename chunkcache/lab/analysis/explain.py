@@ -9,13 +9,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from itertools import chain, islice
-from typing import Any, NamedTuple
+from dataclasses import replace
+from hashlib import blake2b
+from itertools import islice
+from typing import NamedTuple
 
+from chunkcache.lab.analysis.causes import (
+    EXAMPLES,
+    MOVABLE,
+    NEW,
+    REUSED,
+    REWRITTEN,
+    Branch,
+    Explanation,
+    Group,
+    Parting,
+    merged,
+)
 from chunkcache.lab.analysis.parting import Hole, Windows, holes
-from chunkcache.lab.analysis.places import Differing, crosses_messages, differing
-from chunkcache.lab.analysis.report import Cache, told_cache
+from chunkcache.lab.analysis.places import Differing, differing
+from chunkcache.lab.analysis.roles import GENERATED, Roles
+from chunkcache.lab.analysis.told import Asked, cache_of
 from chunkcache.lab.simulation.simulator import Simulator
 from chunkcache.lab.simulation.trie import Node, insert, path
 from chunkcache.lab.traces.trace import TOKENS, Request, Trace
@@ -23,116 +37,10 @@ from chunkcache.tree import TOKEN_BYTES, Miss, named_policy, unpack
 
 _KEY = 16  # tokens behind a hole by which it is known again
 _COMPARED = 4  # prompts of each kind that one is compared with
-_EXAMPLES = 3
-_SAME = 16  # characters behind two places that are one
 _CONTEXT = 12  # tokens on both sides
-_ORDER = (
-    "date and time",
-    "date",
-    "time",
-    "identifier",
-    "address",
-    "number",
-    "text",
-)  # if there are several
-
-REUSED = "reused"
-MOVABLE = "the same again behind what differs"
-REWRITTEN = "history that was rewritten"
-NEW = "new"
+_BRANCHES = 3
+_SAMPLES = 3  # prompts that show how messages are marked
 Decode = Callable[[list[int]], str]
-
-
-@dataclass(frozen=True)
-class Parting:
-    """Where one prompt left the longest prefix that was known.
-
-    Attributes:
-        number: of the prompt in the trace, from 1 on; other: of the one that it was like for longest.
-        tokens, cached: of the prompt, and reused; known: tokens that an earlier prompt or answer began with;
-            whole: the same in whole chunks.
-        reason: why not all that was known was reused; empty if it was.
-        holes: what differs behind `known`, if the texts are the same again; rewritten: it differs in an
-            answer of the other prompt.
-    """
-
-    number: int
-    tokens: int
-    cached: int
-    known: int
-    whole: int
-    other: int | None
-    reason: str
-    holes: list[Hole]
-    rewritten: bool
-
-    def gains(self, chunk: int) -> list[int]:
-        """Tokens in whole chunks that could be reused too if each hole in turn came last."""
-        reach, found = self.known, []
-        for hole in self.holes:
-            begin = hole.at + hole.length
-            run = (
-                begin + hole.run - max(begin, self.known)
-            )  # some of it may be known from another prompt
-            after = min(reach + max(0, run), self.tokens - 1)
-            found.append(after - after % chunk - (reach - reach % chunk))
-            reach = after
-        return found
-
-
-@dataclass
-class Group:
-    """A place at which prompts differ again and again.
-
-    Attributes:
-        requests: prompts that left what was known there; tokens: that came again behind it.
-        kinds: of what differs: "date", "time", "number", ...; where: in words.
-        examples: what stood there, in different prompts; before, after: the text around it.
-    """
-
-    rewritten: bool
-    requests: int = 0
-    tokens: int = 0
-    where: str = ""
-    before: str = ""
-    after: str = ""
-    examples: list[str] = field(default_factory=list)
-    kinds: set[str] = field(default_factory=set)
-    sample: tuple[int, Hole] | None = None  # a prompt, and a hole of it
-
-    @property
-    def kind(self) -> str:
-        """Of what differs, in a word or two; empty if nobody can read it."""
-        if {"date", "time"} <= self.kinds:
-            return "date and time"
-        return min(self.kinds, key=_ORDER.index, default="")
-
-    def to_dict(self) -> dict[str, Any]:
-        """What people read, for JSON."""
-        fields = asdict(self)
-        del fields["sample"], fields["kinds"]
-        return fields | {"kind": self.kind}
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """See the module.
-
-    Attributes:
-        tokens: by cause, all of them together those of all prompts.
-        groups: the largest first.
-        chunk: tokens that are reused together.
-    """
-
-    requests: int
-    prompt_tokens: int
-    chunk: int
-    tokens: dict[str, int]
-    groups: list[Group]
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, for JSON."""
-        return asdict(self) | {"groups": [group.to_dict() for group in self.groups]}
 
 
 class _Seen(NamedTuple):
@@ -146,30 +54,50 @@ class Explainer:
     """Looks at a trace, whose prompts it keeps in memory.
 
     Args:
-        cache: to simulate; what the trace says that was reused if None, and without that a cache
-            without limit.
-        decode: from ids to text, for places in words.
+        asked: changes the cache that the trace tells of, to simulate another; else what the trace says that
+            was reused counts, and without that a cache without limit.
+        chunk: tokens of a chunk, else what the trace says.
+        decode: from ids to text: for places in words, and to tell dialogues from what templates fill in.
+
+    Raises:
+        ConfigError: chunks that are no multiple of the trace's blocks; no such policy.
     """
 
     def __init__(
         self,
         trace: Trace,
-        cache: Cache | None = None,
+        asked: Asked | None = None,
         chunk: int | None = None,
         decode: Decode | None = None,
     ):
         self.requests: list[Request] = list(trace)
         self._form = trace.form
-        self._cache = cache or told_cache(trace, chunk)
-        self._simulate = cache is not None or any(one.reuse is None for one in self.requests)
+        self._cache = cache_of(trace, chunk, asked)
+        self._simulate = asked is not None or any(one.reuse is None for one in self.requests)
         self._decode = decode
         self._stored = [bytes(one.keys + one.answer) for one in self.requests]
+        self._roles = Roles([])
+        if decode is not None and self._form is TOKENS:
+            self._roles = Roles(
+                [decode(self._ids(n)) for n in range(len(self.requests))[:_SAMPLES]]
+            )
         self._partings: list[Parting] | None = None
 
     @property
     def chunk(self) -> int:
         """Tokens that are reused together."""
         return self._cache.chunk_size
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether the trace has tokens, which can be read, or hashes."""
+        return self._form is TOKENS
+
+    def _ids(self, number: int) -> list[int]:
+        """Of a prompt and its answer."""
+        return list(map(int, unpack(self._stored[number])))
+
+    # -- prompt by prompt
 
     def partings(self) -> list[Parting]:
         """Of all prompts. O(keys), and up to some milliseconds for each."""
@@ -208,114 +136,157 @@ class Explainer:
         limit = self._form.limit(request) * TOKEN_BYTES
         known = min(min(length, limit) // self._form.width * self._form.block, request.tokens)
         whole = known if self._form.partial else known - known % self.chunk
+        other: int | None = None
+        like: int | None = None
         found: list[Hole] = []
-        other = rewritten = None
+        rewritten = False
         if seen.root.mark >= 0 and length < limit:
-            found, other = self._compared(request, known, _others(nodes), seen.windows)
-            rewritten = self._answers(other, length)
-        reason = ""
-        if cached < whole:
-            told = None if self._simulate else (request.reuse or {}).get("reason")
-            reason = str(told or Miss.EVICTED)
-        other = None if other is None else other + 1
+            other = nodes[-1].mark
+            rewritten = len(self.requests[other].keys) <= length < len(self._stored[other])
+            if self._form is TOKENS:
+                alike = seen.windows.find(request.keys, known, request.tokens - 1, _COMPARED)
+                others = dict.fromkeys([*_others(nodes), *alike])
+                found, like = self._most_alike(request, known, others, rewritten)
         return Parting(
             number + 1,
             request.tokens,
             cached,
             known,
             whole,
-            other,
-            reason,
+            None if other is None else other + 1,
+            None if like is None else like + 1,
+            self._reason(request) if cached < whole else "",
             found,
-            bool(rewritten),
+            rewritten,
         )
 
-    def _answers(self, other: int, length: int) -> bool:
-        """Whether so many bytes of another prompt and its answer end in the answer."""
-        return len(self.requests[other].keys) <= length < len(self._stored[other])
+    def _reason(self, request: Request) -> str:
+        """Why something that was known was not there."""
+        told = None if self._simulate else (request.reuse or {}).get("reason")
+        return str(told or Miss.EVICTED)
 
-    def _compared(
-        self, request: Request, known: int, siblings: Sequence[int], windows: Windows
-    ) -> tuple[list[Hole], int]:
-        """What differs from the prompt that this one is most like behind what is known.
-
-        Those that went on where it parts come first, then those that have text of it further on.
-        """
-        best: tuple[list[Hole], int] = [], siblings[0]
-        if self._form is not TOKENS:
-            return best
-        end = request.tokens - 1
-        alike = windows.find(request.keys, known, end, _COMPARED)
-        most = 0
-        for other in dict.fromkeys([*siblings, *alike]):
-            found = self._inside(request.keys, holes(request.keys, self._stored[other], end))
+    def _most_alike(
+        self, request: Request, known: int, others: Iterable[int], rewritten: bool
+    ) -> tuple[list[Hole], int | None]:
+        """What differs from the prompt that this one is most like behind what is known."""
+        best: list[Hole] = []
+        like, most = None, 0
+        for other in others:
+            found = holes(request.keys, self._stored[other], request.tokens - 1)
+            if not rewritten:
+                found = self._filled_in(request.keys, found)
             reach = max((hole.at + hole.length + hole.run for hole in found), default=0)
-            gain = sum(hole.run for hole in found) if reach > known else 0
-            if gain > most:
-                best, most = (found, other), gain
-        return best
+            gain = sum(hole.run for hole in found)
+            if reach > known and gain > most:
+                best, like, most = found, other, gain
+        return best, like
 
-    def _inside(self, keys: bytes, found: list[Hole]) -> list[Hole]:
-        """Those before the first that goes from one message to another: what a template fills in does not.
+    def _filled_in(self, keys: bytes, found: list[Hole]) -> list[Hole]:
+        """Those before the first that a template would not fill in: in an answer, or from message to message.
 
-        Dialogues differ in whole messages, and may well say the same again afterwards.
+        Dialogues differ in what is said, and may well say the same again afterwards.
         """
         if self._decode is None:
             return found
         for place, hole in enumerate(found):
             begin, end = hole.at * TOKEN_BYTES, (hole.at + hole.length) * TOKEN_BYTES
-            if crosses_messages(self._decode(unpack(keys[begin:end]).tolist())):
+            if self._roles.messages(self._decode(_unpacked(keys[begin:end]))):
+                return found[:place]
+            if self._roles.at(_unpacked(keys[:begin]), hole.at, self._decode) in GENERATED:
                 return found[:place]
         return found
+
+    def around(self, parting: Parting) -> tuple[str, str, str] | None:
+        """Text before the first token that differs, and behind it as it was known and as it is.
+
+        None without tokens, or where nothing was known.
+        """
+        if self._decode is None or parting.other is None or self._form is not TOKENS:
+            return None
+        mine, theirs = self._ids(parting.number - 1), self._ids(parting.other - 1)
+        at = parting.known
+        return (
+            self._decode(mine[max(0, at - _CONTEXT) : at]),
+            self._decode(theirs[at : at + _CONTEXT]),
+            self._decode(mine[at : min(at + _CONTEXT, parting.tokens)]),
+        )
+
+    # -- all together
 
     def explain(self) -> Explanation:
         """All prompts together."""
         tokens: Counter[str] = Counter()
         groups: dict[bytes, Group] = {}
+        branches: dict[bytes, Branch] = {}
+        footprint = 0
         for parting in self.partings():
-            left = parting.tokens - parting.cached
-            tokens[REUSED] += parting.cached
             lost = max(0, parting.whole - parting.cached)
-            if lost:
-                tokens[parting.reason] += lost
             gains = parting.gains(self.chunk)
+            tokens[REUSED] += parting.cached
+            tokens[parting.reason] += lost
             tokens[REWRITTEN if parting.rewritten else MOVABLE] += sum(gains)
-            tokens[NEW] += left - lost - sum(gains)
+            tokens[NEW] += parting.tokens - parting.cached - lost - sum(gains)
+            footprint += max(0, parting.tokens - parting.whole)
             self._add(groups, parting, gains)
-        found = _merged(self._described(group) for group in groups.values() if group.tokens)
-        used = {cause: count for cause, count in tokens.most_common() if count}
-        total = sum(one.tokens for one in self.requests)
-        return Explanation(len(self.requests), total, self.chunk, used, found)
+            self._branch(branches, parting)
+        most = sorted(branches.values(), key=lambda branch: -branch.tokens)[:_BRANCHES]
+        return Explanation(
+            len(self.requests),
+            sum(one.tokens for one in self.requests),
+            self.chunk,
+            {cause: count for cause, count in tokens.most_common() if count},
+            merged(self._described(group) for group in groups.values() if group.tokens),
+            self._cache.capacity_tokens,
+            footprint,
+            [branch for branch in most if branch.requests > 1],
+            self.of_tokens,
+        )
+
+    def _branch(self, branches: dict[bytes, Branch], parting: Parting) -> None:
+        """Counts where a prompt left what is known, if that was anything."""
+        if not parting.known or parting.other is None:
+            return
+        keys = self.requests[parting.number - 1].keys
+        end = parting.known // self._form.block * self._form.width
+        name = blake2b(keys[:end], digest_size=16).digest()
+        branch = branches.get(name)
+        if branch is None:
+            branch = branches[name] = Branch(parting.known)
+            if self._decode is not None and self._form is TOKENS:
+                branch.text = self._decode(
+                    _unpacked(keys[max(0, end - _CONTEXT * TOKEN_BYTES) : end])
+                )
+        branch.requests += 1
+        branch.tokens += parting.tokens - parting.known
 
     def _add(self, groups: dict[bytes, Group], parting: Parting, gains: list[int]) -> None:
+        """Counts the holes of a prompt, each at the place that the text behind it tells."""
         keys = self.requests[parting.number - 1].keys
+        earlier = None
         for hole, gain in zip(parting.holes, gains, strict=True):
             begin = (hole.at + hole.length) * TOKEN_BYTES
-            key = keys[begin : begin + _KEY * TOKEN_BYTES]
+            key = bytes(keys[begin : begin + _KEY * TOKEN_BYTES])
             if parting.rewritten:
                 key = REWRITTEN.encode()
-            group = groups.setdefault(bytes(key), Group(parting.rewritten))
-            group.requests += 1
-            group.tokens += gain
-            if group.sample is None:
-                group.sample = parting.number - 1, hole
-            if self._decode is not None and len(group.examples) < _EXAMPLES:
+            group = groups.setdefault(key, Group(key, parting.rewritten))
+            group.add(hole, parting.number - 1, gain, earlier)
+            earlier = key
+            if self._decode is not None and len(group.examples) < EXAMPLES:
                 self._example(group, parting, hole)
 
     def _example(self, group: Group, parting: Parting, hole: Hole) -> None:
         """Adds what stood in a hole, here and in the other prompt."""
-        assert parting.other is not None
+        assert parting.like is not None
         there = Hole(hole.there, hole.old, hole.at, hole.length, hole.run)
-        for number, part in ((parting.other - 1, there), (parting.number - 1, hole)):
+        for number, part in ((parting.like - 1, there), (parting.number - 1, hole)):
             found = self._differing(number, part)
-            if found.text not in group.examples and len(group.examples) < _EXAMPLES:
+            if found.text not in group.examples and len(group.examples) < EXAMPLES:
                 group.examples.append(found.text)
-                group.kinds.add(found.kind)
+                group.kinds.update(found.kinds)
 
     def _differing(self, number: int, hole: Hole) -> Differing:
         assert self._decode is not None
-        ids = unpack(self._stored[number]).tolist()
-        return differing(ids, hole.at, hole.length, self._decode)
+        return differing(self._ids(number), hole.at, hole.length, self._decode, self._roles)
 
     def _described(self, group: Group) -> Group:
         """The same with words for what differs and where; from tokens alone only how far in."""
@@ -326,46 +297,13 @@ class Explainer:
         found = self._differing(number, hole)
         return replace(group, where=found.where, before=found.before, after=found.after)
 
-    def around(self, parting: Parting) -> tuple[str, str, str] | None:
-        """Text before the first token that differs, and behind it as it was known and as it is.
 
-        None without tokens, or where nothing was known.
-        """
-        if self._decode is None or parting.other is None or self._form is not TOKENS:
-            return None
-        mine = unpack(self._stored[parting.number - 1]).tolist()
-        theirs = unpack(self._stored[parting.other - 1]).tolist()
-        at = parting.known
-        return (
-            self._decode(mine[max(0, at - _CONTEXT) : at]),
-            self._decode(theirs[at : at + _CONTEXT]),
-            self._decode(mine[at : min(at + _CONTEXT, parting.tokens)]),
-        )
-
-
-def _merged(groups: Iterable[Group]) -> list[Group]:
-    """The largest first. Two of one place are one: by chance more than what stands there may be equal."""
-    found: dict[tuple[bool, str], list[Group]] = {}
-    for group in sorted(groups, key=lambda group: -group.tokens):
-        places = found.setdefault((group.rewritten, group.where), [])
-        known = next((one for one in places if _same(one.after, group.after)), None)
-        if known is None:
-            places.append(group)
-            continue
-        known.requests += group.requests
-        known.tokens += group.tokens
-        known.kinds |= group.kinds
-        known.examples = [*dict.fromkeys(known.examples + group.examples)][:_EXAMPLES]
-    return sorted(chain.from_iterable(found.values()), key=lambda group: -group.tokens)
-
-
-def _same(after: str, other: str) -> bool:
-    """Whether the text behind one hole goes on as that behind another, or does soon."""
-    return after[:_SAME] in other or other[:_SAME] in after
+def _unpacked(keys: bytes) -> list[int]:
+    return list(map(int, unpack(keys)))
 
 
 def _others(nodes: Sequence[Node]) -> list[int]:
     """Prompts that ran through the last node of a path, and went on from there in the last ways."""
     last = nodes[-1]
     newest: Iterable[Node] = islice(reversed(last.children.values()), _COMPARED)
-    return list(dict.fromkeys([last.mark, *(child.mark for child in newest)]))
+    return [last.mark, *(child.mark for child in newest)]

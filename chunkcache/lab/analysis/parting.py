@@ -7,6 +7,7 @@ all tokens before. What is the same again behind such a hole could be shared if 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 from chunkcache.lab.simulation.trie import common
@@ -17,6 +18,7 @@ _SHORT = 64  # tokens of a hole that is looked for closely
 _LONG = 2048  # tokens of one that is looked for by whole windows
 _LEAST = 32  # tokens that must be the same behind a short hole
 _HOLES = 16  # of one prompt
+_TRIES = 2  # places of one window; text that repeats itself has many
 
 
 class Hole(NamedTuple):
@@ -81,7 +83,7 @@ def _short(prompt: bytes, other: bytes, here: int, there: int) -> Hole | None:
         window = _window(prompt, here + skipped)
         if len(window) < _WINDOW * TOKEN_BYTES:
             return None
-        for place in _places(known, window):
+        for place in islice(_places(known, window), _TRIES):
             hole = _hole(prompt, other, here, skipped, there, place)
             if hole.run >= _LEAST:
                 return hole

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from chunkcache.errors import TraceError
-from chunkcache.lab.traces.trace import BadLine
+from chunkcache.lab.traces.trace import READING, BadLine, no_json, open_log, unreadable
 
 Message = dict[str, Any]
 _BEHIND = 8  # tokens of the prompt that an answer is cut behind
@@ -22,9 +22,18 @@ _LISTS = ("messages", "conversations", "conversation", "traj", "dialogue", "dial
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 # For tokenizers without a template: roles in lines of their own.
 _TEMPLATE = (
+    "{% if tools %}<|tools|>\n{{ tools | tojson }}\n{% endif %}"
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
+
+
+class Dialogue(list[Message]):
+    """Messages, and the tools that went with them."""
+
+    def __init__(self, messages: Iterable[Message] = (), tools: list[Any] | None = None):
+        super().__init__(messages)
+        self.tools = tools
 
 
 class Turn(NamedTuple):
@@ -36,14 +45,14 @@ class Turn(NamedTuple):
 
 def read_dialogues(
     path: Path, on_bad: Callable[[BadLine], object] | None = None
-) -> Iterator[list[Message]]:
+) -> Iterator[Dialogue]:
     """The dialogues of a log, in its order; see `numbered_dialogues`."""
     return (messages for _, messages in numbered_dialogues(path, on_bad))
 
 
 def numbered_dialogues(
     path: Path, on_bad: Callable[[BadLine], object] | None = None
-) -> Iterator[tuple[int, list[Message]]]:
+) -> Iterator[tuple[int, Dialogue]]:
     """The dialogues of a log, in its order, and where they are in it.
 
     Args:
@@ -57,7 +66,7 @@ def numbered_dialogues(
         try:
             yield number, messages_of(json.loads(entry) if isinstance(entry, bytes) else entry)
         except (ValueError, RecursionError) as error:
-            why = f"no JSON: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
+            why = no_json(error) if isinstance(error, json.JSONDecodeError) else str(error)
             if on_bad is None:
                 raise TraceError(f"{path}, line {number}: {why}") from error
             on_bad(BadLine(number, why))
@@ -66,16 +75,16 @@ def numbered_dialogues(
 def _entries(path: Path) -> Iterator[tuple[int, Any]]:
     """Lines, or what a file that is one list of JSON has in it."""
     try:
-        with open(path, "rb") as file:
-            whole = _whole(path, file.read()) if path.suffix == ".json" else None
+        with open_log(path) as file:
+            whole = _whole(path, file.read()) if ".json" in path.suffixes else None
             if whole is None:
                 file.seek(0)
                 lines = ((n, line) for n, line in enumerate(file, 1) if line.strip())
                 yield from lines
             else:
                 yield from enumerate(whole, 1)
-    except OSError as error:
-        raise TraceError(f"{path} cannot be read: {error.strerror}") from error
+    except READING as error:
+        raise unreadable(path, error) from error
 
 
 def _whole(path: Path, text: bytes) -> list[Any] | None:
@@ -95,8 +104,8 @@ def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and ("role" in value or "from" in value)
 
 
-def messages_of(entry: Any) -> list[Message]:
-    """The messages of one dialogue.
+def messages_of(entry: Any) -> Dialogue:
+    """The messages of one dialogue, and its tools.
 
     >>> messages_of({"conversations": [{"from": "human", "value": "Hi"}]})
     [{'role': 'user', 'content': 'Hi'}]
@@ -104,16 +113,18 @@ def messages_of(entry: Any) -> list[Message]:
     Raises:
         ValueError: it is no dialogue.
     """
+    tools = None
     if isinstance(entry, dict):
+        tools = entry["tools"] if isinstance(entry.get("tools"), list) else None
         name = next((name for name in _LISTS if isinstance(entry.get(name), list)), None)
         if name is None and isinstance(entry.get("turns"), list):  # of the user only
-            return [{"role": "user", "content": str(text)} for text in entry["turns"]]
+            return Dialogue({"role": "user", "content": str(text)} for text in entry["turns"])
         if name is None and isinstance(entry.get("prompt"), str):
-            return [{"role": "user", "content": entry["prompt"]}]
+            return Dialogue([{"role": "user", "content": entry["prompt"]}])
         entry = entry.get(name or "messages")
     if not isinstance(entry, list) or not entry:
         raise ValueError("no dialogue: a list of messages, or an object with one")
-    return [_message(one) for one in entry]
+    return Dialogue(map(_message, entry), tools)
 
 
 def _message(value: Any) -> Message:
@@ -141,6 +152,11 @@ class Asker:
         self._tokenizer = tokenizer
         self._template = None if tokenizer.chat_template else _TEMPLATE
 
+    @property
+    def plain(self) -> bool:
+        """Whether the tokenizer has no chat template, so that a plain one takes its place."""
+        return self._template is not None
+
     def turns(self, messages: Sequence[Message]) -> Iterator[Turn]:
         """What the model was asked for each answer, and once more for what is not answered."""
         ends = [n for n, one in enumerate(messages) if one["role"] == "assistant" and n]
@@ -148,35 +164,36 @@ class Asker:
             ends.append(len(messages))
         for end in ends:
             answer = messages[end]["content"] if end < len(messages) else ""
-            prompt = self._prompt(messages[:end])
+            prompt = self._prompt(messages[:end], getattr(messages, "tools", None))
             yield Turn(prompt, answer_ids(self._tokenizer, prompt, answer))
 
-    def _prompt(self, messages: Sequence[Message]) -> list[int]:
+    def _prompt(self, messages: Sequence[Message], tools: list[Any] | None) -> list[int]:
         """Raises ValueError: the template takes no such dialogue."""
         from jinja2.exceptions import TemplateError
 
         try:
             ids: list[int] = self._tokenizer.apply_chat_template(
                 list(messages),
+                tools=tools or None,
                 chat_template=self._template,
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=False,
             )
-        except (TemplateError, TypeError, KeyError) as error:
+        except (TemplateError, TypeError, KeyError, AttributeError) as error:
             why = " ".join(str(error).split())
             raise ValueError(f"the chat template takes no such dialogue ({why})") from error
         return ids
 
     def all_turns(
-        self, dialogues: Iterable[tuple[int, list[Message]]], on_bad: Callable[[BadLine], object]
+        self, dialogues: Iterable[tuple[int, Dialogue]], on_bad: Callable[[BadLine], object]
     ) -> Iterator[Iterator[Turn]]:
         """The turns of each dialogue; `on_bad` hears of those that the template does not take."""
         for number, messages in dialogues:
             yield self._taken(number, messages, on_bad)
 
     def _taken(
-        self, number: int, messages: list[Message], on_bad: Callable[[BadLine], object]
+        self, number: int, messages: Dialogue, on_bad: Callable[[BadLine], object]
     ) -> Iterator[Turn]:
         try:
             yield from self.turns(messages)

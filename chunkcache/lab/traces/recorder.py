@@ -25,11 +25,14 @@ class Log(ABC):
 
     Args:
         block: tokens that one hash stands for, of each prefix of a prompt; None writes the ids themselves.
-        salt: without it nobody can tell whether a text he knows is in the trace; random if None.
+        salt: without it nobody can tell whether a text he knows is in the trace, unless he can also have
+            prompts of his own recorded there; random if None.
 
     Raises:
         TraceError: the salt is empty.
     """
+
+    leaves = True  # the process, so that records of reuse tell no finer place than a hash
 
     def __init__(self, block: int | None, salt: bytes | None):
         if salt is not None and not salt:
@@ -62,6 +65,7 @@ class Log(ABC):
         tenant: str = "",
         reuse: Mapping[str, Any] | None = None,
         seconds: float | None = None,
+        first_token: float | None = None,
     ) -> None:
         """Adds a request. O(tokens).
 
@@ -86,12 +90,12 @@ class Log(ABC):
             hashes = self._hashes(keys + rest, self.block * TOKEN_BYTES)
             whole = len(keys) // (self.block * TOKEN_BYTES)
             fields |= {"hash_ids": hashes[:whole], "answer_ids": hashes[whole:]}
-            reuse = _rounded(reuse, self.block)
+            reuse = _rounded(reuse, self.block) if self.leaves else reuse
             tenant = tenant and self._hash(tenant.encode())
         more = {"prompt": prompt, "tenant": tenant, "reuse": reuse and dict(reuse)}
         fields |= {name: value for name, value in more.items() if value}
-        if seconds is not None:
-            fields["seconds"] = round(seconds, 6)
+        times = {"seconds": seconds, "first_token": first_token}
+        fields |= {name: round(value, 6) for name, value in times.items() if value is not None}
         self._append(_line(fields))
 
     def _hash(self, data: bytes) -> str:
@@ -179,6 +183,8 @@ class History(Log):
         block: tokens of a hash; size: bytes that lines may take; the oldest leave first.
     """
 
+    leaves = False
+
     def __init__(self, block: int, size: int):
         super().__init__(block, None)
         self._lock = Lock()
@@ -208,6 +214,15 @@ def _line(fields: Mapping[str, Any]) -> bytes:
 
 
 def _rounded(reuse: Mapping[str, Any] | None, block: int) -> Mapping[str, Any] | None:
-    """With no finer place than a block."""
-    place = reuse.get("divergence") if reuse else None
-    return reuse if place is None else dict(reuse or {}) | {"divergence": place - place % block}
+    """With no finer places than whole blocks."""
+    if reuse is None:
+        return None
+    found = dict(reuse)
+    for name in ("divergence", "cached_tokens"):
+        if found.get(name) is not None:
+            found[name] -= found[name] % block
+    left, tiers = found.get("cached_tokens", 0), {}
+    for tier, tokens in (found.get("tiers") or {}).items():
+        tiers[tier] = min(left, tokens)
+        left -= tiers[tier]
+    return found | {"tiers": tiers}

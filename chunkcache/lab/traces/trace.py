@@ -11,12 +11,14 @@ to there, as in the traces of Mooncake (FAST 2025, arXiv:2407.00079); nobody rea
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -27,6 +29,10 @@ VERSION = 1
 MOONCAKE = 512  # tokens of a block
 HEAD = "chunkcache_trace"
 CACHE = "cache"
+_DIALOGUES = ("messages", "conversations")  # a chat log, whatever else it counts
+READING = (OSError, EOFError, zlib.error)  # a file, maybe a compressed one, that is damaged
+_GZIP = b"\x1f\x8b"
+_LONGEST = 1e9  # seconds
 _LARGEST = 2**64
 _NOTHING = Packed()
 
@@ -41,7 +47,9 @@ class Request:
         tokens: of the prompt; output: tokens generated.
         answer: keys that are stored behind those of the prompt once it was answered.
         prompt: the named prompt that it begins with; tenant: whose it is.
-        reuse: what the cache did that recorded it, if one did; seconds: that the prompt took then.
+        reuse: what the cache did that recorded it, if one did.
+        seconds: that computing took then; of prompts that were computed together, this one's share.
+        first_token: seconds until its first token was known.
     """
 
     time: float
@@ -53,6 +61,7 @@ class Request:
     tenant: str = ""
     reuse: dict[str, Any] | None = None
     seconds: float | None = None
+    first_token: float | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ class Form:
         """
         if self.partial:
             return len(request.keys) // TOKEN_BYTES
-        return (request.tokens - 1) // self.block * self.words
+        return max(0, request.tokens - 1) // self.block * self.words
 
 
 TOKENS = Form(1, TOKEN_BYTES)
@@ -135,8 +144,8 @@ class Trace:
                     raise ValueError("not an object of JSON")
                 if HEAD in fields and fields == self.head:  # again, if two began the file at once
                     continue
-                if isinstance(cache := fields.get(CACHE), dict):
-                    self.cache = cache
+                if _tells_of_a_cache(fields):
+                    self.cache = fields[CACHE]
                     continue
                 yield read(fields, self.form)
             except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
@@ -156,25 +165,49 @@ class Trace:
                 head = fields
                 if head[HEAD] != VERSION:
                     raise TraceError(f"{self.path} is a trace of version {head[HEAD]!r}")
-            elif isinstance(fields.get(CACHE), dict):
+            elif _tells_of_a_cache(fields):
                 self.cache = fields[CACHE]
+            elif any(name in fields for name in _DIALOGUES):
+                continue
             elif any(isinstance(fields.get(name), list) for name in ("tokens", "hash_ids")):
                 return head, fields
         raise TraceError(f"{self.path} has no request: lines of JSON with tokens or hash_ids")
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
         try:
-            with open(self.path, "rb") as file:
+            with open_log(self.path) as file:
                 for number, line in enumerate(file, 1):
                     if line.strip():
                         yield number, line
-        except OSError as error:
-            raise TraceError(f"{self.path} cannot be read: {error.strerror}") from error
+        except READING as error:
+            raise unreadable(self.path, error) from error
 
     def _bad(self, line: BadLine) -> None:
         if self.on_bad is None:
             raise TraceError(f"{self.path}, line {line.number}: {line.why}")
         self.on_bad(line)
+
+
+def open_log(path: Path) -> IO[bytes]:
+    """A file to be read, whether it was compressed with gzip or not."""
+    with open(path, "rb") as file:
+        compressed = file.read(len(_GZIP)) == _GZIP
+    return cast(IO[bytes], gzip.open(path)) if compressed else open(path, "rb")
+
+
+def unreadable(path: Path, error: Exception) -> TraceError:
+    """A file that could not be opened or read to its end."""
+    why = getattr(error, "strerror", None) or str(error)
+    return TraceError(f"{path} cannot be read: {why}")
+
+
+def no_json(error: json.JSONDecodeError) -> str:
+    """What is wrong with a line, and where in it."""
+    return f"no JSON: {error.msg.removesuffix(' at')}, column {error.colno}"
+
+
+def _tells_of_a_cache(fields: dict[str, Any]) -> bool:
+    return isinstance(fields.get(CACHE), dict) and "input_length" not in fields
 
 
 def _blocks(fields: dict[str, Any], form: Form) -> Request:
@@ -207,24 +240,34 @@ def _request(fields: dict[str, Any], keys: Packed, tokens: int, answer: bytes) -
         Packed(answer),
         str(fields.get("prompt") or ""),
         str(fields.get("tenant") or ""),
-        _reuse(fields.get("reuse")),
-        _seconds(fields.get("seconds")),
+        _reuse(fields.get("reuse"), tokens),
+        _seconds(fields, "seconds"),
+        _seconds(fields, "first_token"),
     )
 
 
-def _reuse(value: Any) -> dict[str, Any] | None:
+def _reuse(value: Any, tokens: int) -> dict[str, Any] | None:
+    """A record of reuse, if it can be one of a prompt of so many tokens."""
     if value is None:
         return None
     if not isinstance(value, dict) or type(value.get("cached_tokens")) is not int:
         raise ValueError("reuse must tell cached_tokens")
+    if not 0 <= value["cached_tokens"] <= tokens:
+        raise ValueError(f"{value['cached_tokens']} of {tokens} tokens cannot have been cached")
+    tiers = value.get("tiers") or {}
+    if not isinstance(tiers, dict) or not all(
+        type(count) is int and 0 <= count <= tokens for count in tiers.values()
+    ):
+        raise ValueError("tiers must be numbers of tokens")
     return value
 
 
-def _seconds(value: Any) -> float | None:
+def _seconds(fields: dict[str, Any], name: str) -> float | None:
+    value = fields.get(name)
     if value is None:
         return None
-    if type(value) not in (int, float) or not 0 <= value < math.inf:
-        raise ValueError(f"seconds must be a time, not {value!r}")
+    if type(value) not in (int, float) or not 0 <= value < _LONGEST:
+        raise ValueError(f"{name} must be a time, not {value!r}")
     return float(value)
 
 
@@ -249,7 +292,7 @@ def _count(fields: dict[str, Any], name: str, default: int | None = None) -> int
 
 def _why(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"no JSON: {error.msg}"
+        return no_json(error)
     if isinstance(error, KeyError):
         return f"{error.args[0]} is missing"
     if isinstance(error, InvalidTokensError):

@@ -4,23 +4,71 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from chunkcache.lab.analysis.explain import NEW, REUSED, REWRITTEN, Explanation, Group, Parting
+from chunkcache.lab.analysis.causes import NEW, REUSED, REWRITTEN, Explanation, Group, Parting
 from chunkcache.lab.views.sections import Section
 from chunkcache.lab.views.words import number, share
 from chunkcache.tree import Miss
 
 _SHOWN = 5  # places
 _MATTERS = 0.005  # of all prompt tokens
+_BRANCH = 0.02  # of all prompt tokens
 _SIDE = 60  # characters of context
-_WAYS = 3  # holes of one prompt
 
 
-def sections(found: Explanation, top: int = _SHOWN) -> list[Section]:
-    """Where tokens went, the `top` places at which prompts differ, and what to do."""
-    groups = [one for one in found.groups if one.tokens >= _MATTERS * found.prompt_tokens][:top]
+def sections(found: Explanation, top: int = _SHOWN, reported: bool = False) -> list[Section]:
+    """Where tokens went, the `top` places at which prompts differ with those before them, and what to do.
+
+    Args:
+        reported: a report stands beside it, which tells of what had left.
+    """
+    groups = _shown(found, top)
     places = [_place(place, group, found) for place, group in enumerate(groups, 1)]
-    told = Section("What to do", [(line,) for line in advice(found, groups)])
-    return [_causes(found), *places, told]
+    told = Section("What to do", [(line,) for line in advice(found, groups, reported)])
+    return [_causes(found), *places, *_branches(found), told]
+
+
+def _branches(found: Explanation) -> list[Section]:
+    """Prefixes behind which most is computed, whatever the reason."""
+    rows = [
+        (
+            _end(branch.text) or "(no text)",
+            number(branch.known),
+            number(branch.requests),
+            _of(branch.tokens, found),
+        )
+        for branch in found.branches
+        if branch.tokens >= _BRANCH * found.prompt_tokens
+    ]
+    names = ("end of the prefix", "its tokens", "prompts", "their tokens behind it")
+    return [Section("Where most prompts leave what is known", rows, names)] if rows else []
+
+
+def _shown(found: Explanation, top: int) -> list[Group]:
+    """The largest groups, in the order in which they would have to be moved."""
+    chosen = [one for one in found.groups if one.tokens >= _MATTERS * found.prompt_tokens][:top]
+    known = {group.key: group for group in found.groups}
+    ranks: dict[bytes, int] = {}
+
+    def rank(group: Group) -> int:
+        """How many others come before it in most of its prompts, as far as these matter."""
+        if group.key in ranks:
+            return ranks[group.key]
+        ranks[group.key] = 0
+        key, count = next(iter(group.earlier.most_common(1)), (b"", 0))
+        if 2 * count >= group.requests and key in known and key != group.key:
+            if known[key] not in chosen:
+                chosen.append(known[key])
+            ranks[group.key] = rank(known[key]) + 1
+        return ranks[group.key]
+
+    for group in list(chosen):
+        rank(group)
+    return sorted(chosen, key=lambda group: (not _alone(group), rank(group), -group.tokens))
+
+
+def _alone(group: Group) -> bool:
+    """Whether most of what it would save needs no other place to be moved."""
+    return 2 * group.alone >= group.tokens
 
 
 def _causes(found: Explanation) -> Section:
@@ -40,34 +88,41 @@ def _place(place: int, group: Group, found: Explanation) -> Section:
     if group.examples:
         rows += [
             ("before", _end(group.before)),
-            ("what differs", " | ".join(group.examples)),
+            ("what differs", " | ".join(text or "(nothing)" for text in group.examples)),
             ("behind", _begin(group.after)),
         ]
     return Section(f"{place}. {_title(group)}", rows)
 
 
 def _title(group: Group) -> str:
+    if group.rewritten:
+        return f"History that is rewritten, first in {group.where}"
     what = {"": "What differs", "text": "Text that differs"}.get(group.kind, f"A {group.kind}")
     what = what.replace("A a", "An a").replace("A i", "An i")
-    return f"{what} in {'an answer, rewritten, ' if group.rewritten else ''}{group.where}"
+    return f"{what} in {group.where}"
 
 
-def advice(found: Explanation, groups: Sequence[Group]) -> list[str]:
+def advice(found: Explanation, groups: Sequence[Group], reported: bool = False) -> list[str]:
     """What would help, in sentences."""
-    lines = [_move(group, found) for group in groups if not group.rewritten]
-    gain = sum(group.tokens for group in groups if not group.rewritten)
+    movable = [group for group in groups if not group.rewritten]
+    lines = [_move(group, found, movable) for group in movable]
+    gain = sum(group.tokens for group in movable)
+    now = found.tokens.get(REUSED, 0)
     if len(lines) > 1:
-        now = found.tokens.get(REUSED, 0)
         both = f"{share(now, found.prompt_tokens)} to {share(now + gain, found.prompt_tokens)}"
         lines.append(f"All of that together would take the hit rate from {both}.")
+    room = found.capacity_tokens
+    if lines and room is not None and room < found.footprint_tokens - gain:
+        lines.append(
+            f"That is if the cache keeps what is shared: it has room for {number(room)} tokens."
+        )
     if found.tokens.get(REWRITTEN, 0) >= _MATTERS * found.prompt_tokens:
         lines.append(
             f"{_of(found.tokens[REWRITTEN], found)} follow history that is rendered otherwise than it was "
             "generated: chunkcache lint-template MODEL shows what the chat template changes."
         )
-    gone = {Miss.EVICTED: "evicted", Miss.EXPIRED: "expired"}
-    lost = sum(found.tokens.get(str(reason), 0) for reason in gone)
-    if lost >= _MATTERS * found.prompt_tokens:
+    lost = sum(found.tokens.get(str(reason), 0) for reason in (Miss.EVICTED, Miss.EXPIRED))
+    if lost >= _MATTERS * found.prompt_tokens and not reported:
         lines.append(
             f"{_of(lost, found)} were known and had left the cache: chunkcache report shows what more room "
             "or another policy would keep."
@@ -75,16 +130,28 @@ def advice(found: Explanation, groups: Sequence[Group]) -> list[str]:
     return lines or [_nothing(found)]
 
 
-def _move(group: Group, found: Explanation) -> str:
+def _move(group: Group, found: Explanation, others: Sequence[Group]) -> str:
     what = "what differs" if group.kind in ("", "text") else f"the {group.kind}"
-    points = 100 * group.tokens / max(1, found.prompt_tokens)
-    return (
-        f"Move {what} in {group.where} behind what prompts share: {points:.1f} points of hit rate."
-    )
+    alone = _alone(group)
+    points = 100 * (group.alone if alone else group.tokens) / max(1, found.prompt_tokens)
+    saved = f"{points:.1f} points of hit rate" if alone else f"{points:.1f} points more"
+    if group.kind == "text":
+        front = _begin(group.after.strip())
+        put = f'ut "{front}" in front of what differs in {group.where}: {saved}.'
+        return f"P{put}" if alone else f"Then p{put}"
+    same = [one for one in others if (one.where, one.kind) == (group.where, group.kind)]
+    which = f' (before "{_begin(group.after.strip())}")' if len(same) > 1 and group.after else ""
+    move = f"ove {what} in {group.where}{which} behind what prompts share: {saved}."
+    return f"M{move}" if alone else f"Then m{move}"
 
 
 def _nothing(found: Explanation) -> str:
     new = share(found.tokens.get(NEW, 0), found.prompt_tokens)
+    if not found.of_tokens:
+        return (
+            f"{new} of all prompt tokens follow a beginning that was never seen. Whether they are the same "
+            "again behind what differs cannot be seen in hashes: record tokens, with serve --trace alone."
+        )
     return f"Nothing recurs that could be moved: {new} of all prompt tokens are new."
 
 
@@ -104,16 +171,19 @@ def of_one(parting: Parting, around: tuple[str, str, str] | None, chunk: int) ->
     found = [Section(f"Prompt {number(parting.number)}", list(rows.items()))]
     if around is not None:
         before, known, new = around
-        lines = [("before", _end(before)), ("known", _begin(known)), ("this one", _begin(new))]
+        known = _begin(known) or "(the end of that prompt)"
+        lines = [("before", _end(before)), ("known", known), ("this one", _begin(new))]
         title = f"Token {number(parting.known + 1)}, the first that differs"
         found.append(Section(title, lines))
     if parting.holes:
         rows_ = [
             (f"token {number(hole.at + 1)}", number(hole.length), number(hole.run), number(gain))
             for hole, gain in zip(parting.holes, parting.gains(chunk), strict=True)
+            if gain
         ]
         names = ("what differs", "tokens", "the same behind it", "would be reused")
-        found.append(Section("If what differs came last", rows_, names))
+        if rows_:
+            found.append(Section("If what differs came last", rows_, names))
     return found
 
 

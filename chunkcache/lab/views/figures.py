@@ -188,22 +188,24 @@ def _capacity_axis(axes: Axes) -> None:
 
 def _sizes(axes: Axes, report: Report) -> None:
     prompt = max(1, report.prompt_tokens)
-    bound = [
-        (one.capacity_tokens or report.footprint_tokens, one.belady_tokens / prompt)
-        for one in report.sizes
-    ]
-    curve = [(size, hit / prompt) for size, hit in report.curve]
-    axes.plot(*zip(*curve, strict=True), color=_COLOURS[0], linewidth=1.8, label="lru")
-    axes.plot(
-        *zip(*sorted(bound), strict=True), color=INK, linestyle="--", label=f"{BELADY} (bound)"
-    )
-    here = report.cache.capacity_tokens or report.footprint_tokens
+    sizes = [one.capacity_tokens or 0 for one in report.curve]
+    hits = [one.hit_tokens / prompt for one in report.curve]
+    bound = [one.belady_tokens / prompt for one in report.curve]
+    axes.plot(sizes, hits, color=_COLOURS[0], linewidth=1.8, label="lru")
+    axes.plot(sizes, bound, color=INK, linestyle="--", label=f"{BELADY} (bound)")
+    here = _place(report.cache.capacity_tokens, report)
     label = f"now, {report.cache.policy}"
-    axes.plot([here], [report.hit_rate], "o", color=_COLOURS[1], markersize=7, label=label)
+    axes.plot(
+        [here], [report.whole_tokens / prompt], "o", color=_COLOURS[1], markersize=7, label=label
+    )
     _capacity_axis(axes)
-    axes.set_xlim(left=min(bound)[0] / 2)  # nobody has so small a cache
     axes.legend(frameon=False, labelcolor=INK)
     axes.set_title("Hit rate by capacity", loc="left")
+
+
+def _place(capacity: int | None, report: Report) -> int:
+    """Where a capacity is drawn: without limit at the end; nothing at all has no place on logarithms."""
+    return max(1, report.footprint_tokens if capacity is None else capacity)
 
 
 def _timeline(axes: Axes, report: Report) -> None:

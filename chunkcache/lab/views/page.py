@@ -12,7 +12,7 @@ from chunkcache.lab.analysis.report import Report
 from chunkcache.lab.views.figures import each_of_report, to_svg
 from chunkcache.lab.views.report import sections
 from chunkcache.lab.views.sections import Section
-from chunkcache.lab.views.words import duration, number, share
+from chunkcache.lab.views.words import duration, number, share, visible
 
 
 class Card(NamedTuple):
@@ -33,13 +33,13 @@ def to_page(report: Report, more: Sequence[Section] = ()) -> str:
     from jinja2 import Environment, StrictUndefined
 
     pictures = {name: to_svg(figure) for name, figure in each_of_report(report).items()}
-    found = [*sections(report), *more]
+    found = [*sections(report, explained=bool(more)), *more]
     told = [one for one in found if all(len(row) == 1 for row in one.rows)]
-    drawn = [one for one in found if one.names and not one.names[-1]]  # there are figures of these
+    drawn = [one for one in found if tuple(one.names[-2:]) == ("share", "")]  # in figures too
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     template = files("chunkcache.lab.views").joinpath("report.html").read_text(encoding="utf-8")
     return environment.from_string(template).render(
-        title=report.name,
+        title=visible(report.name),
         subtitle=_subtitle(report),
         cards=_cards(report),
         told=_joined(told),
@@ -61,7 +61,7 @@ def _subtitle(report: Report) -> str:
     size = report.cache.capacity_tokens
     capacity = "a cache without limit" if size is None else f"a cache of {number(size)} tokens"
     how = "recorded by" if report.source == "recorded" else "simulated for"
-    model = f", model {report.cache.model}" if report.cache.model else ""
+    model = f", model {visible(report.cache.model)}" if report.cache.model else ""
     return f"{number(report.requests)} prompts, {how} {capacity} ({report.cache.policy}){model}"
 
 

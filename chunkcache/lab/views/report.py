@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from chunkcache.lab.analysis.report import Histogram, Part, Report, Size, other_sizes
 from chunkcache.lab.views.sections import Section, bar
 from chunkcache.lab.views.words import duration, number, share
+from chunkcache.tree import Miss
 
 _SHOWN = 20  # names of a table
 _MATTERS = 0.02  # of all prompt tokens
@@ -15,23 +16,24 @@ _UNITS = {"seconds": duration}
 _BEFORE = "More than 100%: the cache knew prefixes before the first of these prompts."
 
 
-def sections(report: Report) -> list[Section]:
-    """All that is worth saying of a report."""
+def sections(report: Report, explained: bool = False) -> list[Section]:
+    """All that is worth saying of a report; `explained`: an explanation stands beside it."""
     tiers = [_tiers(report)] if set(report.tiers) - {"device"} else []
-    return [_reuse(report), *tiers, _misses(report), *outlook(report)]
+    return [_reuse(report), *tiers, _misses(report), *outlook(report, explained)]
 
 
-def outlook(report: Report) -> list[Section]:
+def outlook(report: Report, explained: bool = False) -> list[Section]:
     """What sums alone do not tell: other sizes, parts, distances, advice."""
     found = [_sizes(report)]
     if set(report.prompts) - {""}:
         found.append(_parts("Named prompts", "name", report.prompts, "without a name"))
     if len(report.tenants) > 1:
         found.append(_parts("Tenants", "tenant", report.tenants, "without one"))
-    found.append(_bars("Tokens used in between, of what was used again", report.reuse))
+    if report.reuse.tokens:
+        found.append(_bars("Tokens used in between, of what was used again", report.reuse))
     if report.lifetimes is not None:
         found.append(_bars("How long stored chunks stayed, of those that left", report.lifetimes))
-    return [*found, Section("What to do", [(line,) for line in advice(report)])]
+    return [*found, Section("What to do", [(line,) for line in advice(report, explained)])]
 
 
 def _reuse(report: Report) -> Section:
@@ -43,8 +45,7 @@ def _reuse(report: Report) -> Section:
         "reused": number(report.cached_tokens),
         "computed": number(prompt - report.cached_tokens),
         "generated tokens": number(report.generated_tokens),
-        "of what is possible": f"{_percent(report.percent_of_unlimited)} of what a cache without limit "
-        f"hits, {_percent(report.percent_of_belady)} of the best of its size",
+        "of what is possible": _possible(report),
         "cache": f"{_capacity(cache.capacity_tokens)}, {cache.policy}, chunks of {cache.chunk_size}",
         "different tokens": number(report.footprint_tokens),
     }
@@ -58,8 +59,19 @@ def _reuse(report: Report) -> Section:
     if report.money is not None:
         money = report.money
         rows["money saved"] = f"{money.saved:,.2f} of {money.saved + money.spent:,.2f}"
-    known = report.whole_tokens > report.unlimited_tokens
+    known = report.whole_tokens > report.unlimited_tokens > 0
     return Section("Reuse", list(rows.items()), note=_BEFORE if known else "")
+
+
+def _possible(report: Report) -> str:
+    if not report.unlimited_tokens:
+        return "nothing of these prompts comes again"
+    if report.cache.capacity_tokens is None and report.source == "simulated":
+        return "all; --capacity says what a cache that is smaller would hit"
+    return (
+        f"{_percent(report.percent_of_unlimited)} of what a cache without limit hits, "
+        f"{_percent(report.percent_of_belady)} of the best of its size"
+    )
 
 
 def _tiers(report: Report) -> Section:
@@ -84,16 +96,16 @@ def _sizes(report: Report) -> Section:
     now = report.cache.capacity_tokens
     rows = []
     for size in report.sizes:
-        here = "  <- now" if size.capacity_tokens == now else ""
         rows.append(
             (
-                _capacity(size.capacity_tokens) + here,
+                _capacity(size.capacity_tokens),
                 share(size.hit_tokens, report.prompt_tokens),
                 share(size.hit_tokens, size.belady_tokens),
                 share(size.belady_tokens, report.prompt_tokens),
+                "<- now" if size.capacity_tokens == now else "",
             )
         )
-    names = ("capacity", f"hit rate, {report.cache.policy}", "of the best", "best possible")
+    names = ("capacity", f"hit rate, {report.cache.policy}", "of the best", "best possible", "")
     note = "Simulated, in whole chunks. The best possible knows the future."
     last = number(report.requests)
     return Section(f"Other sizes, by the last {last} prompts", rows, names, note)
@@ -125,9 +137,9 @@ def _bars(title: str, histogram: Histogram) -> Section:
     return Section(title, rows, ("", "tokens", "share", ""))
 
 
-def advice(report: Report) -> list[str]:
+def advice(report: Report, explained: bool = False) -> list[str]:
     """What would help, in sentences; the largest gain first."""
-    found = _grown(report) + _other_policy(report) + _prompts(report)
+    found = _grown(report) + _other_policy(report) + ([] if explained else _prompts(report))
     ranked = [line for _, line in sorted(found, key=lambda item: -item[0])]
     return ranked or ["Nothing stands out: most of what can be reused is reused."]
 
@@ -177,14 +189,15 @@ def _other_policy(report: Report) -> list[tuple[float, str]]:
 def _prompts(report: Report) -> list[tuple[float, str]]:
     """Prompts that differ too early."""
     prompt = report.prompt_tokens
-    new = (prompt - max(report.unlimited_tokens, report.cached_tokens)) / prompt if prompt else 0.0
+    new = report.misses.get(str(Miss.NEVER_SEEN), 0) / prompt if prompt else 0.0
     if new < 0.2:
         return []
     return [
         (
             new / 4,
             f"{100 * new:.1f}% of all prompt tokens follow a beginning that was never seen, which no size "
-            "helps: chunkcache explain shows where prompts part, and what moving that would save.",
+            "helps: chunkcache explain shows where prompts part, and what moving that would save (of a chat "
+            "log, or of what serve --trace FILE records).",
         )
     ]
 

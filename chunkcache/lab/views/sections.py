@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from io import StringIO
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from chunkcache.lab.views.tables import columns, pairs
+from chunkcache.lab.views.words import visible
 
 _BLOCKS = "▏▎▍▌▋▊▉█"
+_PLAIN = 120  # characters of a line
 _WIDTH = 24  # characters of a full bar
 
 
@@ -29,6 +32,11 @@ class Section:
     rows: Sequence[Sequence[str]]
     names: Sequence[str] = ()
     note: str = ""
+
+    def __post_init__(self) -> None:
+        """Prompts and names of others are only shown: nothing in them may act on a terminal or a page."""
+        object.__setattr__(self, "title", visible(self.title))
+        object.__setattr__(self, "rows", [tuple(map(visible, row)) for row in self.rows])
 
 
 def bar(part: float, whole: float) -> str:
@@ -52,6 +60,13 @@ def to_terminal(sections: Iterable[Section]) -> RenderableType:
         if section.note:
             parts.append(Text(section.note, style="dim"))
     return Group(*parts)
+
+
+def to_text(sections: Iterable[Section]) -> str:
+    """Plain text."""
+    page = StringIO()
+    Console(file=page, width=_PLAIN, highlight=False).print(to_terminal(sections))
+    return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
 
 
 def _shown(section: Section) -> RenderableType:
