@@ -170,7 +170,8 @@ def merged(groups: Iterable[Group]) -> list[Group]:
     found: dict[tuple[bool, str], list[Group]] = {}
     names: dict[bytes, bytes] = {}
     for group in sorted(groups, key=lambda group: -group.tokens):
-        places = found.setdefault((group.rewritten, group.where), [])
+        message = group.where.partition(" of ")[2]  # the line may be another one in each prompt
+        places = found.setdefault((group.rewritten, message), [])
         known = next((one for one in places if _same(one.after, group.after)), None)
         if known is None:
             places.append(group)
@@ -192,7 +193,7 @@ def _renamed(counts: Counter[bytes], names: dict[bytes, bytes]) -> Counter[bytes
 
 def _same(after: str, other: str) -> bool:
     """Whether the text behind one hole goes on as that behind another, or does soon."""
-    return after[:_SAME] in other or other[:_SAME] in after
+    return bool(after and other) and (after[:_SAME] in other or other[:_SAME] in after)
 
 
 def as_fields(parting: Parting) -> dict[str, Any]:

@@ -13,6 +13,7 @@ _SHOWN = 5  # places
 _MATTERS = 0.005  # of all prompt tokens
 _BRANCH = 0.02  # of all prompt tokens
 _SIDE = 60  # characters of context
+_QUOTED = 32  # characters by which text is known
 
 
 def sections(found: Explanation, top: int = _SHOWN, reported: bool = False) -> list[Section]:
@@ -67,8 +68,11 @@ def _shown(found: Explanation, top: int) -> list[Group]:
 
 
 def _alone(group: Group) -> bool:
-    """Whether most of what it would save needs no other place to be moved."""
-    return 2 * group.alone >= group.tokens
+    """Whether most of what it would save needs no other place to be moved.
+
+    Text can be put in front of all that differs, however much that is.
+    """
+    return group.kind == "text" or 2 * group.alone >= group.tokens
 
 
 def _causes(found: Explanation) -> Section:
@@ -132,17 +136,17 @@ def advice(found: Explanation, groups: Sequence[Group], reported: bool = False) 
 
 def _move(group: Group, found: Explanation, others: Sequence[Group]) -> str:
     what = "what differs" if group.kind in ("", "text") else f"the {group.kind}"
-    alone = _alone(group)
-    points = 100 * (group.alone if alone else group.tokens) / max(1, found.prompt_tokens)
-    saved = f"{points:.1f} points of hit rate" if alone else f"{points:.1f} points more"
-    if group.kind == "text":
-        front = _begin(group.after.strip())
-        put = f'ut "{front}" in front of what differs in {group.where}: {saved}.'
-        return f"P{put}" if alone else f"Then p{put}"
+    text, alone = group.kind == "text", _alone(group)
+    gain = group.alone if alone and not text else group.tokens
+    points = f"{100 * gain / max(1, found.prompt_tokens):.1f} points"
+    front = _begin(group.after.strip(), _QUOTED)
+    if text:
+        where = f"{group.where} and after"
+        return f'Put "{front}", in {where}, in front of all that differs: {points} of hit rate.'
     same = [one for one in others if (one.where, one.kind) == (group.where, group.kind)]
-    which = f' (before "{_begin(group.after.strip())}")' if len(same) > 1 and group.after else ""
-    move = f"ove {what} in {group.where}{which} behind what prompts share: {saved}."
-    return f"M{move}" if alone else f"Then m{move}"
+    which = f' (before "{front}")' if len(same) > 1 and front else ""
+    move = f"ove {what} in {group.where}{which} behind what prompts share: {points}"
+    return f"M{move} of hit rate." if alone else f"Then m{move} more."
 
 
 def _nothing(found: Explanation) -> str:
@@ -203,9 +207,9 @@ def _of(tokens: int, found: Explanation) -> str:
     return f"{number(tokens)} tokens ({share(tokens, found.prompt_tokens)} of all)"
 
 
-def _begin(text: str) -> str:
+def _begin(text: str, most: int = _SIDE) -> str:
     flat = _flat(text)
-    return flat if len(flat) <= _SIDE else f"{flat[:_SIDE]}..."
+    return flat if len(flat) <= most else f"{flat[:most]}..."
 
 
 def _end(text: str) -> str:
