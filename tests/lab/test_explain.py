@@ -12,7 +12,6 @@ from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunkcache.demo import model_path
 from chunkcache.lab.analysis.causes import MOVABLE, NEW, REUSED, REWRITTEN
 from chunkcache.lab.analysis.explain import Explainer
 from chunkcache.lab.analysis.parting import holes
@@ -333,8 +332,10 @@ def test_wrong_usage(log: Path) -> None:
 
 def test_real_dialogues_have_nothing_to_move(tmp_path: Path) -> None:
     """Agents whose prompts grow turn by turn: what differs are their customers."""
-    done = run(data("conversations/tau_airline_gpt4o.json"), "--tokenizer", model_path(), "--json")
-    found = json.loads(done.stdout)
+    dialogues = json.loads(data("conversations/tau_airline_gpt4o.json").read_text())[:40]
+    log = tmp_path / "log.json"
+    log.write_text(json.dumps(dialogues))
+    found = json.loads(run(log, "--tokenizer", "demo", "--json").stdout)
     assert found["tokens"].get(MOVABLE, 0) < 0.005 * found["prompt_tokens"]
     assert found["tokens"][REUSED] > 0.9 * found["prompt_tokens"]
 
