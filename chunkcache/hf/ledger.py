@@ -21,7 +21,7 @@ from chunkcache.tree import Node, PrefixTree
 from chunkcache.tree.keys import TOKEN_BYTES, common_prefix, unpack
 
 _SHOWN = 32  # tokens of a node that are decoded for people
-_BEFORE = 1  # of them stands before the first that tells it from its siblings
+_BEFORE = 6  # tokens of what is alike that are shown, so that what differs can be understood
 
 
 class Ledger:

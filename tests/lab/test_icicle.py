@@ -250,9 +250,9 @@ def test_text_begins_shortly_before_what_tells_siblings_apart() -> None:
     first, other, *tails = tree_rows(tree, 2, lambda ids: " ".join(map(str, ids)))
     assert (first.depth, first.skipped, first.text[:5]) == (0, 0, "7 7 7")
     assert (other.skipped, other.text[:11]) == (0, "100 101 102")
-    assert [(tail.depth, tail.skipped) for tail in tails] == [(1, 59), (1, 59), (1, 39)]
-    assert tails[1].text == "1 2 2 2 2"
-    assert tails[2].text.startswith("39 9 9")
+    assert [(tail.depth, tail.skipped) for tail in tails] == [(1, 54), (1, 54), (1, 34)]
+    assert tails[1].text == "1 1 1 1 1 1 2 2 2 2"
+    assert tails[2].text.startswith("34 35 36 37 38 39 9 9")
 
 
 def test_doctests() -> None:

@@ -26,6 +26,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 _DASHES = ("-", "--", "-.", ":")
 _SIZE = (6.4, 3.6)  # inches
+_NEAR = 0.7  # of the highest rate: all others are above
 _DATES = {".svg": "Date", ".png": "", ".pdf": "CreationDate"}  # what each calls the day it was made
 _UNITS = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
 _Draw = Callable[["Axes", Report], None]
@@ -95,6 +96,9 @@ def of_results(results: Sequence[Result], footprint: int | None = None) -> Figur
         lines.setdefault(label, []).append((size, one.hit_rate))
     _curves(axes, lines)
     _capacity_axis(axes)
+    low, high = (of([one.hit_rate for one in results], default=0.0) for of in (min, max))
+    if low > _NEAR * high:  # from nothing on, lines would lie on each other
+        axes.set_ylim(low - (high - low) / 4, high + (high - low) / 10 + 1e-3)
     axes.set_title("Hit rate by capacity", loc="left")
     return figure
 
