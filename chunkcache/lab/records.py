@@ -144,6 +144,12 @@ class Stats:
         more = {"hit_rate": self.hit_rate, "saved_seconds": self.saved_seconds}
         return asdict(self) | more
 
+    def __str__(self) -> str:
+        from chunkcache.lab.views.stats import report
+        from chunkcache.lab.views.tables import plain
+
+        return plain(report(self.to_dict()))
+
     def _repr_html_(self) -> str:
         rows = "".join(
             f"<tr><th style='text-align:left'>{html.escape(key.replace('_', ' '))}</th>"

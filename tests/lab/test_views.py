@@ -150,6 +150,12 @@ def test_empty_tree() -> None:
     assert shown(prefixes.tree([])) == "0 stored prefixes, 0 tokens, 0 B\n"
 
 
+def test_what_is_printed_can_be_read(stats: Stats) -> None:
+    text = str(stats)
+    assert "hit rate" in text and "\x1b" not in text and "Stats(" not in text
+    assert not any(line.endswith(" ") for line in text.splitlines())
+
+
 def test_doctests() -> None:
     for module in (words, server, prefixes):
         assert doctest.testmod(module).failed == 0

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from io import StringIO
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.text import Text
 
-from chunkcache.lab.views.tables import columns, pairs
+from chunkcache.lab.views.tables import columns, pairs, plain
 from chunkcache.lab.views.words import visible
 
 _BLOCKS = "▏▎▍▌▋▊▉█"
-_PLAIN = 120  # characters of a line
 _WIDTH = 24  # characters of a full bar
 
 
@@ -64,9 +62,7 @@ def to_terminal(sections: Iterable[Section]) -> RenderableType:
 
 def to_text(sections: Iterable[Section]) -> str:
     """Plain text."""
-    page = StringIO()
-    Console(file=page, width=_PLAIN, highlight=False).print(to_terminal(sections))
-    return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
+    return plain(to_terminal(sections))
 
 
 def _shown(section: Section) -> RenderableType:

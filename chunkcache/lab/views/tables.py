@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from io import StringIO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +16,13 @@ def console() -> Console:
     """Standard output: as wide as the terminal, or 120 columns of plain text in a pipe."""
     found = Console(highlight=False)
     return found if found.is_terminal else Console(highlight=False, width=_PLAIN_WIDTH)
+
+
+def plain(shown: RenderableType) -> str:
+    """Text without colours, in lines of 120 characters."""
+    page = StringIO()
+    Console(file=page, width=_PLAIN_WIDTH, highlight=False, color_system=None).print(shown)
+    return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
 
 
 def pairs(title: str, values: Mapping[str, str]) -> Table:
