@@ -49,7 +49,7 @@ def common(one: list[int], other: list[int]) -> int:
 # -- every token has a cause
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(TURNS, st.one_of(st.none(), st.integers(0, 20)), st.sampled_from([1, 2, 3]))
 def test_causes_add_up(
     tmp_path_factory: pytest.TempPathFactory, turns, capacity: int | None, chunk: int
@@ -83,7 +83,7 @@ def test_blocks_are_explained_too(capacity: int | None) -> None:
 # -- holes
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.integers(0, 3), max_size=40),
     st.lists(st.integers(0, 3), max_size=90),
@@ -123,7 +123,7 @@ def test_chance_is_no_text(hole: int, run: int) -> None:
 # -- what is promised
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.integers(0, 5), min_size=2, max_size=12),
     st.integers(0, 150),

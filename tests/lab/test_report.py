@@ -49,7 +49,7 @@ def simulated(trace: Trace, cache: Cache) -> Simulator:
     return simulator
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     TURNS,
     st.one_of(st.none(), st.integers(0, 20)),
@@ -79,7 +79,7 @@ def test_everything_adds_up(
     assert sum(report.reuse.tokens) >= report.unlimited_tokens
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(TURNS, st.one_of(st.none(), st.integers(0, 20)))
 def test_other_sizes_are_what_a_simulation_says(
     tmp_path_factory: pytest.TempPathFactory, turns, capacity: int | None
