@@ -340,7 +340,7 @@ def test_real_dialogues_have_nothing_to_move(tmp_path: Path) -> None:
     assert found["tokens"][REUSED] > 0.9 * found["prompt_tokens"]
 
 
-# -- what a review found
+# -- odd traces and odd prompts
 
 
 def chats(turns: list[list[tuple[str, str]]]) -> list[tuple[list[int], list[int], str]]:

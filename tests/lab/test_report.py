@@ -309,7 +309,7 @@ def test_bars() -> None:
     assert [len(bar(part, 100)) for part in (1, 50, 100)] == [1, 12, 24]
 
 
-# -- what a review found
+# -- odd traces and odd prompts
 
 
 def test_lifetimes_are_those_of_a_clock_that_began_long_ago(tmp_path: Path) -> None:
