@@ -60,7 +60,7 @@ class Insight:
     def report(self, price: float | None = None, cached_price: float = 0.0) -> Report:
         """What the cache did with the last prompts, and what another size would do.
 
-        As far back as `Config.history_bytes` reaches; see `lab.report` and docs/reports.md.
+        As far back as `Config.history_bytes` reaches; see `lab.analysis.report` and docs/reports.md.
 
         Args:
             price, cached_price: of a million tokens of prompts, computed and reused.
