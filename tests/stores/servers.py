@@ -34,8 +34,11 @@ def free_port() -> int:
             port = one.getsockname()[1]
         if port < 55_000:
             with socket.socket() as bus:
-                if bus.connect_ex(("127.0.0.1", port + 10_000)):
-                    return int(port)
+                try:  # what somebody's own connection has cannot be listened on either
+                    bus.bind(("127.0.0.1", port + 10_000))
+                except OSError:
+                    continue
+                return int(port)
 
 
 def wait_for(condition: Callable[[], bool], what: str, seconds: float = _PATIENCE) -> None:
